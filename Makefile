@@ -1,0 +1,33 @@
+# make run   the whole walk, headless        make lab   open JupyterLab
+# make test  the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: run test lab clean
+
+run: $(VENV)/.walk
+	$(BIN)/python -m medusa_nb run
+
+test: $(VENV)/.test
+	$(BIN)/ruff check medusa_nb tests data
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/.walk
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/01_environment_setup.ipynb
+
+$(VENV)/.walk: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.walk requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf build/walk build/run

@@ -1,0 +1,166 @@
+"""Medusa heads: K small networks that guess several tokens ahead from one hidden state.
+
+The base model turns the last hidden state at position t into the token at t+1. Head k reads the
+same hidden state and guesses the token at t+k+2 (Cai et al., arXiv 2401.10774, section 2.1).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medusa_nb.errors import InputError
+
+WEIGHTS, CONFIG = "medusa_lm_head.safetensors", "config.json"
+
+
+class MedusaHeads(nn.Module):
+    """K heads, each a stack of residual blocks ``x + SiLU(W x + b)`` followed by a projection to V.
+
+    The blocks of all heads lie in one tensor, so that K heads cost one batched multiplication, and no
+    two of them can share a block by accident. The blocks start at zero: an untrained head repeats the
+    base model's own prediction.
+
+    Args:
+        lm_head: the base model's frozen output layer, ``[V, D]``. Not a parameter of the heads.
+        hidden_size, num_heads, num_layers: D, K and the number of residual blocks.
+        own_projection: give each head its own ``[V, D]`` projection, a copy of lm_head at the start
+            (the original format's version 1), instead of sharing lm_head (version 2).
+    """
+
+    def __init__(self, lm_head: nn.Module, hidden_size: int, num_heads=4, num_layers=1, own_projection=False):
+        super().__init__()
+        if num_heads < 1 or num_layers < 0:
+            raise InputError(f"num_heads={num_heads} and num_layers={num_layers}: at least one head is needed")
+        self.shared = (lm_head,)  # in a tuple, so that it is neither saved nor trained with the heads
+        like = lm_head.weight
+        shape = (num_heads, num_layers, hidden_size)
+        self.weight = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=like.dtype, device=like.device))
+        self.bias = nn.Parameter(torch.zeros(*shape, dtype=like.dtype, device=like.device))
+        self.projection = None
+        if own_projection:
+            self.projection = nn.Parameter(like.detach().expand(num_heads, *like.shape).clone())
+        self.base_name = ""
+
+    @classmethod
+    def for_model(cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False):
+        """Fresh heads that fit a base model: its hidden size, vocabulary, device and dtype."""
+        lm_head = model.get_output_embeddings()
+        heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection)
+        heads.base_name = model.config._name_or_path
+        return heads
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, hidden: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``."""
+        count = self.num_heads if count is None else count
+        x = hidden.reshape(1, -1, hidden.shape[-1]).expand(count, -1, -1)  # [K, rows, D]
+        for layer in range(self.num_layers):
+            weight, bias = self.weight[:count, layer], self.bias[:count, layer]
+            x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
+        if self.projection is None:
+            logits = self.shared[0](x)
+        else:
+            logits = x @ self.projection[:count].transpose(1, 2)
+        return logits.reshape(count, *hidden.shape[:-1], -1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``medusa_lm_head.safetensors`` in the original Medusa's format."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for k in range(self.num_heads):
+            for layer in range(self.num_layers):
+                tensors[f"{k}.{layer}.linear.weight"] = self.weight[k, layer]
+                tensors[f"{k}.{layer}.linear.bias"] = self.bias[k, layer]
+            if self.projection is not None:
+                tensors[f"{k}.{self.num_layers}.weight"] = self.projection[k]
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, folder / WEIGHTS)
+        config = dict(
+            medusa_num_heads=self.num_heads,
+            medusa_num_layers=self.num_layers,
+            hidden_size=self.weight.shape[-1],
+            vocab_size=self.shared[0].weight.shape[0],
+            base_model_name_or_path=portable_name(self.base_name),
+            version="2" if self.projection is None else "1",
+        )
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model):
+        """Load heads for ``model``; every tensor must be there, fit, and be used.
+
+        Raises:
+            InputError: a file is missing or damaged, a tensor is missing, unexpected or of another
+                shape, or the heads were trained for a base model of another width or vocabulary.
+        """
+        folder = Path(folder)
+        config, tensors = _read_files(folder)
+        count, layers = config["medusa_num_heads"], config["medusa_num_layers"]
+        own = f"0.{layers}.weight" in tensors
+        heads = cls.for_model(model, count, layers, own)
+        _refuse_other_base(folder, config, tensors, heads)
+        expected = {f"{k}.{i}.linear.{part}" for k in range(count) for i in range(layers) for part in ("weight", "bias")}
+        expected |= {f"{k}.{layers}.weight" for k in range(count)} if own else set()
+        if missing := sorted(expected - tensors.keys()):
+            raise InputError(f"{folder / WEIGHTS} lacks {', '.join(missing)}; save the heads again")
+        if extra := sorted(tensors.keys() - expected):
+            raise InputError(f"{folder / WEIGHTS} holds {', '.join(extra)}, which {CONFIG} does not mention")
+        with torch.no_grad():
+            for k in range(count):
+                for i in range(layers):
+                    heads.weight[k, i].copy_(tensors[f"{k}.{i}.linear.weight"])
+                    heads.bias[k, i].copy_(tensors[f"{k}.{i}.linear.bias"])
+                if own:
+                    heads.projection[k].copy_(tensors[f"{k}.{layers}.weight"])
+        return heads.requires_grad_(False).eval()
+
+
+def portable_name(name: str) -> str:
+    """A base model's name without the path of this machine: relative to the repository if inside it."""
+    root = Path(__file__).resolve().parent.parent
+    path = Path(name)
+    if path.is_absolute():
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    return name
+
+
+def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"no {name} in '{folder}'; train heads with 03_head_training or name another folder")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / CONFIG}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS} is damaged or cut short ({error}); save the heads again") from error
+    for key in ("medusa_num_heads", "medusa_num_layers"):
+        if not isinstance(config.get(key), int):
+            raise InputError(f"{folder / CONFIG} has no whole number '{key}'; it does not describe Medusa heads")
+    return config, tensors
+
+
+def _refuse_other_base(folder: Path, config: dict, tensors: dict, heads: MedusaHeads) -> None:
+    vocabulary, hidden = heads.shared[0].weight.shape
+    stated = config.get("base_model_name_or_path", "another base model")
+    first = tensors.get("0.0.linear.weight")
+    found = first.shape[-1] if first is not None else config.get("hidden_size", hidden)
+    if found != hidden:
+        raise InputError(f"the heads in '{folder}' are for {stated} (hidden size {found}), this model has {hidden}")
+    own = tensors.get(f"0.{config['medusa_num_layers']}.weight")
+    found = own.shape[0] if own is not None else config.get("vocab_size", vocabulary)
+    if found != vocabulary:
+        raise InputError(f"the heads in '{folder}' are for {stated} (vocabulary {found}), this model has {vocabulary}")

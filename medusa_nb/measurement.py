@@ -1,0 +1,262 @@
+"""Honest numbers: paired, interleaved, repeated, synchronised; ratios of sums, never means of ratios."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from medusa_nb.base_model import context_length, suitable_device
+from medusa_nb.decoding import Generation, Step, Verifier, greedy_generate, guess, medusa_generate
+from medusa_nb.distillation import is_loop
+from medusa_nb.heads import MedusaHeads
+from medusa_nb.progress import progress
+from medusa_nb.tree import Tree
+
+WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+Decoder = Callable[[torch.Tensor], Generation]
+
+
+def synchronize() -> None:
+    """Wait for an accelerator to finish, so that a clock read afterwards tells the truth."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+@torch.inference_mode()
+def measure_latency(model, widths=WIDTHS, past: int = 200, repeats: int = 25) -> dict[int, float]:
+    """t(n): median seconds of one verify pass over n tokens behind ``past`` cached ones.
+
+    The pass is the decoder's own: tree mask, lm_head and arg-max included. The widths take turns, so
+    that a slow moment of the machine hits all of them.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    device = model.get_output_embeddings().weight.device
+    limit = context_length(model) or past + max(widths)
+    past = max(1, min(past, limit - max(widths)))
+    prompt = torch.randint(vocabulary, (1, past), device=device)
+    passes = {}
+    for n in widths:
+        star = Tree(((), *((rank,) for rank in range(n - 1))))
+        verifier = Verifier(model, star, past + n)
+        verifier.read_prompt(prompt)
+        passes[n] = (verifier, torch.randint(vocabulary, (n,), device=device))
+    seconds: dict[int, list[float]] = {n: [] for n in widths}
+    for repeat in range(repeats + 2):
+        for n, (verifier, candidates) in passes.items():
+            synchronize()
+            started = time.perf_counter()
+            verifier.check(candidates)
+            synchronize()
+            if repeat >= 2:  # the first two rounds warm up
+                seconds[n].append(time.perf_counter() - started)
+            verifier.keep([])
+    return {n: statistics.median(values) for n, values in seconds.items()}
+
+
+@torch.inference_mode()
+def measure_draft(heads: MedusaHeads, tree: Tree, repeats: int = 25) -> float:
+    """Median seconds of one round of guessing: heads, top-k, filling the tree."""
+    hidden = torch.randn(heads.weight.shape[-1], device=heads.weight.device).to(heads.weight.dtype)
+    seconds = []
+    for _ in range(repeats + 2):
+        synchronize()
+        started = time.perf_counter()
+        guess(heads, hidden, 0, tree)
+        synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, eos: list[int], **options) -> Generation:
+    """``model.generate``, greedy, with its forward passes counted; ``options`` go to it as they are."""
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    hook = model.base_model.register_forward_hook(count)
+    try:
+        sequences = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos[0] if eos else 0,
+            **options,
+        )
+    finally:
+        hook.remove()
+    result = Generation(sequences, input_ids.shape[1])
+    new = result.new_tokens
+    result.stopped_by = "eos" if new and new[-1] in eos else "length"
+    cuts = [round(i * len(new) / passes) for i in range(passes + 1)] if passes else []
+    result.steps = [Step([], [], new[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return result
+
+
+def standard_decoders(model, heads: MedusaHeads, tree: Tree, max_new_tokens: int, eos: list[int]) -> dict[str, Decoder]:
+    """The four that are always compared, by the names the reports use."""
+    return {
+        "model.generate": lambda ids: transformers_generate(model, ids, max_new_tokens, eos),
+        "our loop, no guesses": lambda ids: greedy_generate(model, ids, max_new_tokens, eos),
+        "prompt lookup": lambda ids: transformers_generate(
+            model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
+        ),
+        "Medusa": lambda ids: medusa_generate(
+            model, heads, ids, tree=tree, max_new_tokens=max_new_tokens, eos_token_id=eos
+        ),
+    }
+
+
+@dataclass
+class Timing:
+    """All runs of one decoder: ``seconds[p][r]`` for prompt p in repeat r, and prompt p's text."""
+
+    name: str
+    seconds: list[list[float]] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+
+    def chosen(self, keep: list[bool] | None) -> list[int]:
+        return [p for p in range(len(self.seconds)) if keep is None or keep[p]]
+
+    def tokens(self, keep=None) -> int:
+        """New tokens over all prompts."""
+        return sum(len(self.generations[p].new_tokens) for p in self.chosen(keep))
+
+    def total_seconds(self, keep=None) -> float:
+        """Sum over prompts of the median of the repeats."""
+        return sum(statistics.median(self.seconds[p]) for p in self.chosen(keep))
+
+    def tokens_per_second(self, keep=None) -> float:
+        return self.tokens(keep) / self.total_seconds(keep)
+
+    def pass_counts(self, keep=None) -> list[int]:
+        """Tokens emitted by every pass after the one that reads the prompt."""
+        return [n for p in self.chosen(keep) for n in self.generations[p].tokens_per_pass[1:]]
+
+    def tokens_per_pass(self, keep=None) -> float:
+        """Total tokens by total passes, the prompt's pass left out on both sides."""
+        counts = self.pass_counts(keep)
+        return sum(counts) / len(counts) if counts else 1.0
+
+    def spread(self, other: "Timing") -> tuple[float, float]:
+        """Lowest and highest speedup over ``other`` among the repeats."""
+        repeats = range(len(self.seconds[0]))
+        rates = [
+            (self.tokens() / sum(s[r] for s in self.seconds)) / (other.tokens() / sum(s[r] for s in other.seconds))
+            for r in repeats
+        ]
+        return min(rates), max(rates)
+
+
+def compare(decoders: dict[str, Decoder], prompts: list[torch.Tensor], repeats: int = 3) -> dict[str, Timing]:
+    """Time decoders side by side: on each prompt they take turns, in an order that rotates.
+
+    One warm-up round on the first prompt is not counted.
+    """
+    timings = {name: Timing(name) for name in decoders}
+    for decoder in decoders.values():
+        decoder(prompts[0])
+    bar = progress(len(prompts), "prompt", "measuring")
+    for p, prompt in enumerate(prompts):
+        for timing in timings.values():
+            timing.seconds.append([])
+        for repeat in range(repeats):
+            names = list(decoders)
+            turn = (p + repeat) % len(names)
+            for name in names[turn:] + names[:turn]:
+                synchronize()
+                started = time.perf_counter()
+                generation = decoders[name](prompt)
+                synchronize()
+                timings[name].seconds[-1].append(time.perf_counter() - started)
+                if repeat == 0:
+                    timings[name].generations.append(generation)
+        bar.update()
+    bar.close()
+    return timings
+
+
+def speedup(fast: Timing, slow: Timing, keep: list[bool] | None = None) -> float:
+    """Ratio of tokens per second over the same prompts."""
+    return fast.tokens_per_second(keep) / slow.tokens_per_second(keep)
+
+
+def without_loops(timing: Timing) -> list[bool]:
+    """For each prompt, whether its answer runs into no repetition loop."""
+    return [not is_loop(g.new_tokens) for g in timing.generations]
+
+
+@torch.inference_mode()
+def largest_gap(model, generation: Generation) -> float:
+    """How far any emitted token is from the base model's arg-max, in logits, when it reads the whole text.
+
+    0 means every token is the arg-max. A small gap proves a near-tie: two tokens whose logits are
+    closer than the rounding of the arithmetic.
+    """
+    logits = model(generation.sequences[:, :-1]).logits[0, generation.prompt_length - 1 :].float()
+    chosen = generation.sequences[0, generation.prompt_length :]
+    return (logits.max(-1).values - logits.gather(-1, chosen.unsqueeze(-1))[:, 0]).max().item()
+
+
+@torch.inference_mode()
+def first_difference_gap(model, one: Generation, other: Generation) -> float | None:
+    """None if the texts are equal, else how far apart the model finds the two tokens where they part."""
+    a, b = one.new_tokens, other.new_tokens
+    if a == b:
+        return None
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if at is None:  # one is the other's beginning: nothing to compare, never a tie
+        return float("inf")
+    prefix = one.sequences[:, : one.prompt_length + at]
+    logits = model(prefix).logits[0, -1].float()
+    return (logits.max() - torch.stack([logits[a[at]], logits[b[at]]]).min()).item()
+
+
+def identity(model, timing: Timing, reference: Timing) -> dict:
+    """How many texts equal the reference's, and the logit gap at each first difference."""
+    pairs = zip(timing.generations, reference.generations, strict=True)
+    gaps = [first_difference_gap(model, one, other) for one, other in pairs]
+    different = [round(gap, 4) for gap in gaps if gap is not None]
+    return dict(prompts=len(gaps), identical=len(gaps) - len(different), gaps=different, tie=near_tie(model.dtype))
+
+
+def near_tie(dtype: torch.dtype) -> float:
+    """The logit gap below which a difference counts as rounding: four units at a logit of 16."""
+    return 4 * 16 * torch.finfo(dtype).eps
+
+
+def machine(model=None) -> dict:
+    """What the numbers depend on: processor, threads, memory, versions, dtype."""
+    about = dict(
+        processor=processor_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        python=platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "datasets")},
+    )
+    if torch.accelerator.is_available():
+        about["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else str(suitable_device())
+    if model is not None:
+        about |= dict(device=str(model.device), dtype=str(model.dtype).removeprefix("torch."))
+    return about
+
+
+def processor_name() -> str:
+    """The processor's name as the operating system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

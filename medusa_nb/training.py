@@ -1,0 +1,216 @@
+"""Training the heads on cached hidden states, with ``transformers.Trainer``.
+
+The loss is cross entropy of each head against the token it should have guessed, weighted by depth
+(Cai et al., arXiv 2401.10774, section 2.2.1). The base model is not part of what is trained.
+"""
+
+import copy
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from medusa_nb.errors import InputError
+from medusa_nb.features import IGNORED, Features
+from medusa_nb.heads import MedusaHeads
+from medusa_nb.progress import is_headless
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The tutorial's options that matter for heads; ``batch_size`` counts positions."""
+
+    epochs: float = 3
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    depth_decay: float = 0.8
+    logging_steps: int = 20
+    save_steps: int = 200
+    seed: int = 0
+
+
+class HeadsWithLoss(nn.Module):
+    """Heads as ``Trainer`` wants them: ``forward`` returns a loss; statistics are kept beside it."""
+
+    def __init__(self, heads: MedusaHeads, depth_decay: float):
+        super().__init__()
+        self.heads, self.depth_decay = heads, depth_decay
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token)."""
+        logits = self.heads(hidden.to(self.heads.weight.dtype))  # [K, B, V]
+        losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1])
+        decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
+        return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())
+
+
+def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross entropy of each head over its supervised positions.
+
+    Args:
+        logits: ``[K, B, V]``.
+        labels: ``[B, K]``, :data:`IGNORED` where there is nothing to guess.
+
+    Returns:
+        Losses ``[K]`` (0 for a head without a label in this batch) and the number of labels ``[K]``.
+
+    Raises:
+        InputError: no head has any label: the mean would be NaN.
+    """
+    used = (labels != IGNORED).sum(0)
+    if not used.any():
+        raise InputError("every label of this batch is ignored; the conversations have no answers long enough to guess in")
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels.shape[1], -1).sum(1) / used.clamp(min=1), used
+
+
+def label_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Rank of each true token among a head's guesses: ``[K, B, V]``, ``[B, K]`` -> ``[B, K]``.
+
+    0 is the head's best guess; -1 where there is no label. Ties count as in ``topk``: earlier ids first.
+    """
+    gold = labels.T.clamp(min=0).unsqueeze(-1)  # [K, B, 1]
+    score = logits.gather(-1, gold)
+    earlier = torch.arange(logits.shape[-1], device=logits.device) < gold
+    ranks = (logits > score).sum(-1) + ((logits == score) & earlier).sum(-1)
+    return torch.where(labels == IGNORED, -1, ranks.T)
+
+
+@torch.inference_mode()
+def rank_table(heads: MedusaHeads, features: Features, batch: int = 1024) -> torch.Tensor:
+    """``[P, K]``: the rank every head gives the true token at every position, -1 without a label."""
+    device, dtype = heads.weight.device, heads.weight.dtype
+    table = []
+    for start in range(0, len(features), batch):
+        rows = features.hidden[start : start + batch].to(device, dtype)
+        labels = features.labels[start : start + batch, 1 : heads.num_heads + 1].to(device)
+        table.append(label_ranks(heads(rows), labels).cpu())
+    return torch.cat(table)
+
+
+def accuracy(ranks: torch.Tensor, top: tuple[int, ...] = (1, 5)) -> list[dict[str, float]]:
+    """Per head: the share of its labels that are among its ``top`` guesses, from :func:`rank_table`."""
+    result = []
+    for column in ranks.T:
+        known = column[column >= 0]
+        result.append({f"top{n}": (known < n).float().mean().item() for n in top} | {"labels": len(known)})
+    return result
+
+
+class HeadsTrainer(Trainer):
+    """Logs loss, top-1 and top-5 of every head beside the total loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        if model.training and self.state.global_step % self.args.logging_steps == 0:
+            ranks = label_ranks(outputs["logits"][:, :128], inputs["labels"][:128, 1 : len(outputs["logits"]) + 1])
+            self.head_log = {}
+            for k, scores in enumerate(accuracy(ranks)):
+                self.head_log[f"head{k}_loss"] = round(outputs["head_loss"][k].item(), 4)
+                self.head_log |= {f"head{k}_{n}": round(scores[n], 4) for n in ("top1", "top5")}
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | getattr(self, "head_log", {}) if "loss" in logs else logs, *args, **kwargs)
+
+
+def train_heads(
+    heads: MedusaHeads,
+    features: Features,
+    folder: str | Path,
+    settings: TrainingSettings | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict]:
+    """Train ``heads`` in place and save them in ``folder``; returns the log, a record per log step.
+
+    Interrupted and called again it resumes from the last checkpoint in ``folder/checkpoints``, which
+    is removed at the end.
+
+    Raises:
+        InputError: the features were made for fewer heads or another width, or the checkpoints in
+            ``folder`` belong to other settings.
+    """
+    settings = settings or TrainingSettings()
+    folder = Path(folder)
+    _refuse_misfit(heads, features)
+    _claim(folder, settings)
+    checkpoints = folder / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        seed=settings.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=heads.weight.device.type == "cpu",
+        dataloader_pin_memory=False,
+        disable_tqdm=is_headless(),
+    )
+    with in_float32(heads):
+        trainer = HeadsTrainer(
+            HeadsWithLoss(heads, settings.depth_decay),
+            arguments,
+            train_dataset=features,
+            data_collator=lambda batch: batch,  # Features already returns batches
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    if trainer.is_world_process_zero():
+        heads.save_pretrained(folder)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+@contextmanager
+def in_float32(heads: MedusaHeads):
+    """Train in fp32 whatever the base model's dtype: a copy of lm_head, and the heads, are cast and put back."""
+    dtype, shared = heads.weight.dtype, heads.shared
+    heads.shared = (copy.deepcopy(shared[0]).float().requires_grad_(False),)
+    heads.float().requires_grad_(True).train()
+    try:
+        yield
+    finally:
+        heads.to(dtype).requires_grad_(False).eval()
+        heads.shared = shared
+
+
+def _refuse_misfit(heads: MedusaHeads, features: Features) -> None:
+    if features.about["hidden_size"] != heads.weight.shape[-1]:
+        raise InputError(
+            f"the features have hidden size {features.about['hidden_size']}, the heads {heads.weight.shape[-1]}; "
+            "compute the features with the heads' own base model"
+        )
+    if features.about["num_heads"] < heads.num_heads:
+        raise InputError(
+            f"the features hold labels for {features.about['num_heads']} heads, there are {heads.num_heads}; "
+            "compute them with a larger num_heads"
+        )
+
+
+def _claim(folder: Path, settings: TrainingSettings) -> None:
+    """Note the settings of unfinished work; refuse to resume it with others."""
+    note = folder / "checkpoints" / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != asdict(settings):
+        raise InputError(f"'{note.parent}' holds unfinished training with other settings; finish it with those or delete it")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(asdict(settings)))
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror}; choose another folder") from error

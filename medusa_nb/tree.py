@@ -1,0 +1,160 @@
+"""The candidate tree: which combinations of guesses are worth checking in one forward pass.
+
+A node is a tuple of ranks: ``(0, 2)`` is head 0's best guess followed by head 1's third best. What
+a node is worth is a count: how often, on calibration text, the true tokens had exactly these ranks.
+The best tree of n nodes is therefore the n most frequent prefixes; no independence between heads is
+assumed. Which n is best depends on the machine (Sequoia, arXiv 2402.12374, section 3.2).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from medusa_nb.errors import InputError
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A candidate tree; node 0 is the root, the token the base model already chose.
+
+    ``paths[i]`` is the rank tuple of node i (the root's is empty) and ``parents[i]`` its parent's
+    number (the root's is -1); parents come before their children.
+    """
+
+    paths: tuple[Path, ...]
+    parents: tuple[int, ...] = field(init=False)
+    children: tuple[tuple[int, ...], ...] = field(init=False)
+
+    def __post_init__(self):
+        number = {path: i for i, path in enumerate(self.paths)}
+        if not self.paths or self.paths[0] != () or len(number) != len(self.paths):
+            raise InputError("a tree starts with the root () and names each node once")
+        for i, path in enumerate(self.paths[1:], 1):
+            if number.get(path[:-1], i) >= i:
+                raise InputError(f"node {path} comes before its parent {path[:-1]}, or the parent is missing")
+        parents = (-1, *(number[path[:-1]] for path in self.paths[1:]))
+        children: list[list[int]] = [[] for _ in self.paths]
+        for i, parent in enumerate(parents[1:], 1):
+            children[parent].append(i)
+        object.__setattr__(self, "parents", parents)
+        object.__setattr__(self, "children", tuple(map(tuple, children)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def depth(self) -> int:
+        """Length of the longest path of guesses: the number of heads the tree needs."""
+        return max(map(len, self.paths))
+
+    @cached_property
+    def width(self) -> int:
+        """How many guesses of one head the tree uses at most: the k of top-k."""
+        return max((rank + 1 for path in self.paths for rank in path), default=0)
+
+    def mask(self) -> torch.Tensor:
+        """``[N, N]`` bool: row i may attend to column j if j is i itself or an ancestor of i."""
+        mask = torch.eye(len(self), dtype=torch.bool)
+        for i, parent in enumerate(self.parents[1:], 1):
+            mask[i] |= mask[parent]
+        return mask
+
+    def depths(self) -> torch.Tensor:
+        """``[N]``: how many tokens after the root each node stands."""
+        return torch.tensor([len(path) for path in self.paths])
+
+    @cached_property
+    def guess_index(self) -> torch.Tensor:
+        """``[N - 1]``: where each guess lies in the flattened ``[K, width]`` table of top guesses."""
+        return torch.tensor([(len(p) - 1) * self.width + p[-1] for p in self.paths[1:]], dtype=torch.long)
+
+
+ROOT_ONLY = Tree(((),))
+
+
+def chain(depth: int) -> Tree:
+    """The tree of a single path of best guesses: list decoding."""
+    return Tree(tuple((0,) * i for i in range(depth + 1)))
+
+
+def build_tree(rank_counts: Counter, size: int) -> Tree:
+    """The tree of ``size`` nodes (the root included) that is right most often.
+
+    Args:
+        rank_counts: for each tuple of ranks, at how many calibration positions the true tokens'
+            ranks start with it: ``{(0,): 900, (0, 2): 130, ...}``. See :func:`count_ranks`.
+        size: N, the number of tokens one verify pass reads.
+    """
+    if size < 1:
+        raise InputError(f"a tree has at least its root, size={size} is too small")
+    worth = {path: count for path, count in rank_counts.items() if path}
+    chosen: list[Path] = [()]
+    kept = {()}
+    for path in sorted(worth, key=lambda p: (-worth[p], len(p), p)):
+        if len(chosen) == size:
+            break
+        if path[:-1] in kept:
+            chosen.append(path)
+            kept.add(path)
+    return Tree(tuple(chosen))
+
+
+def count_ranks(ranks: torch.Tensor, max_rank: int = 32) -> Counter:
+    """Count rank prefixes over calibration positions.
+
+    Args:
+        ranks: ``[P, K]``, the rank each head gave the true token at each position (0 is best), or a
+            negative number where the answer ended before that head's token.
+        max_rank: ranks from here on are never guessed.
+
+    Returns:
+        A counter of prefixes; ``()`` counts all positions.
+    """
+    counts: Counter = Counter()
+    for row in ranks.tolist():
+        counts[()] += 1
+        for k, rank in enumerate(row):
+            if not 0 <= rank < max_rank:
+                break
+            counts[tuple(row[: k + 1])] += 1
+    return counts
+
+
+def expected_tokens(tree: Tree, rank_counts: Counter) -> float:
+    """Tokens per pass the tree would have given on the calibration positions.
+
+    One for the base model's own next token, plus each node's share of positions where it is right.
+    """
+    if not rank_counts.get(()):
+        raise InputError("rank_counts has no entry () with the number of positions; use count_ranks")
+    return 1 + sum(rank_counts[path] for path in tree.paths[1:]) / rank_counts[()]
+
+
+def fastest_tree(rank_counts: Counter, latency_by_width: dict[int, float], draft_seconds: float = 0.0) -> Tree:
+    """The tree with the most expected tokens per second on this machine.
+
+    Args:
+        rank_counts: from :func:`count_ranks`.
+        latency_by_width: t(n), seconds of one forward pass over n tokens, for the measured n.
+        draft_seconds: what a step costs besides the forward pass (heads, acceptance).
+    """
+    if not latency_by_width:
+        raise InputError("latency_by_width is empty; measure it with measurement.measure_latency")
+    trees = {n: build_tree(rank_counts, n) for n in sorted(latency_by_width)}
+    return max(trees.values(), key=lambda tree: tokens_per_second(tree, rank_counts, latency_by_width, draft_seconds))
+
+
+def tokens_per_second(tree: Tree, rank_counts: Counter, latency_by_width: dict[int, float], draft_seconds=0.0) -> float:
+    """Expected speed of a tree: tokens(n) / (t(n) + draft), t of the next measured width."""
+    seconds = min((n, t) for n, t in latency_by_width.items() if n >= len(tree))[1] if latency_by_width else 0.0
+    return expected_tokens(tree, rank_counts) / (seconds + (draft_seconds if len(tree) > 1 else 0.0))
+
+
+def tree_from_paths(paths: Iterable[Path]) -> Tree:
+    """A tree from rank tuples in any order; the root may be left out."""
+    return Tree(tuple(sorted({(), *map(tuple, paths)}, key=lambda p: (len(p), p))))
