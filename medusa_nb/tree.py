@@ -6,10 +6,12 @@ The best tree of n nodes is therefore the n most frequent prefixes; no independe
 assumed. Which n is best depends on the machine (Sequoia, arXiv 2402.12374, section 3.2).
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path as FilePath
 
 import torch
 
@@ -158,3 +160,18 @@ def tokens_per_second(tree: Tree, rank_counts: Counter, latency_by_width: dict[i
 def tree_from_paths(paths: Iterable[Path]) -> Tree:
     """A tree from rank tuples in any order; the root may be left out."""
     return Tree(tuple(sorted({(), *map(tuple, paths)}, key=lambda p: (len(p), p))))
+
+
+def save_rank_counts(ranks: torch.Tensor, file: str | FilePath) -> Counter:
+    """Count ranks (see :func:`count_ranks`) and write them as JSON; returns the counts."""
+    counts = count_ranks(ranks)
+    FilePath(file).write_text(json.dumps([[list(path), count] for path, count in counts.most_common()]))
+    return counts
+
+
+def load_rank_counts(file: str | FilePath) -> Counter:
+    """Read what :func:`save_rank_counts` wrote."""
+    file = FilePath(file)
+    if not file.is_file():
+        raise InputError(f"there is no '{file}' with the ranks of these heads; train them again, or count_ranks yourself")
+    return Counter({tuple(path): count for path, count in json.loads(file.read_text())})

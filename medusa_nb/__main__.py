@@ -1,0 +1,179 @@
+"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from medusa_nb.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; bad input prints one sentence and returns 2."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m medusa_nb", description="Medusa heads for your own model.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="execute the notebooks headlessly")
+    run.add_argument("--smoke", action="store_true", help="a short run of the same code")
+    run.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names or numbers, e.g. 03")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter")
+    run.set_defaults(command=command_run)
+
+    distill = commands.add_parser("distill", help="let the base model answer prompts")
+    distill.add_argument("out", type=Path, help="JSONL file of answers; continued if it exists")
+    distill.add_argument("--prompts", default="stdlib", help="stdlib, prose, a folder, a file, a hub data set")
+    distill.add_argument("--split", help="train, calibration or test")
+    distill.add_argument("--limit", type=int, help="at most this many prompts")
+    distill.add_argument("--max-new-tokens", type=int, default=256)
+    distill.add_argument("--temperature", type=float, default=0.0)
+    distill.add_argument("--batch-size", type=int, default=64)
+    distill.set_defaults(command=command_distill)
+
+    train = commands.add_parser("train", help="train heads on answers")
+    train.add_argument("answers", type=Path, help="JSONL file from distill")
+    train.add_argument("out", type=Path, help="folder for the heads")
+    train.add_argument("--heads", type=int, default=4)
+    train.add_argument("--layers", type=int, default=1)
+    train.add_argument("--own-projection", action="store_true", help="a projection per head (version 1)")
+    train.add_argument("--epochs", type=float, default=3)
+    train.add_argument("--batch-size", type=int, default=512, help="positions per step")
+    train.add_argument("--learning-rate", type=float, default=3e-3)
+    train.set_defaults(command=command_train)
+
+    generate = commands.add_parser("generate", help="answer one prompt with the heads")
+    generate.add_argument("heads", type=Path, help="folder of trained heads")
+    generate.add_argument("prompt", help="the user's turn, or - for standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.set_defaults(command=command_generate)
+
+    measure = commands.add_parser("measure", help="speed of heads against plain decoding")
+    measure.add_argument("heads", type=Path, help="folder of trained heads")
+    measure.add_argument("--prompts", default="stdlib")
+    measure.add_argument("--split", default="test")
+    measure.add_argument("--limit", type=int, default=24)
+    measure.add_argument("--repeats", type=int, default=3)
+    measure.add_argument("--max-new-tokens", type=int, default=160)
+    measure.set_defaults(command=command_measure)
+
+    for command in (distill, train, generate, measure):
+        command.add_argument("--model", help="folder or hub id of the base model; the shipped one by default")
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+        command.add_argument("--trust-remote-code", action="store_true")
+    return top
+
+
+def _load(options):
+    from medusa_nb.base_model import load_base_model
+
+    return load_base_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+
+
+def command_run(options) -> None:
+    """Execute the walk and print its result table."""
+    from medusa_nb.run import result_table, run_walk
+
+    out = run_walk("smoke" if options.smoke else "learner", options.only, dict(options.p))
+    if (out / "results.json").exists():
+        print(result_table(json.loads((out / "results.json").read_text())))
+
+
+def command_distill(options) -> None:
+    """Answer prompts and print the report."""
+    from medusa_nb.distillation import DistillationSettings, distil
+    from medusa_nb.prompts import load_prompts
+
+    prompts = load_prompts(options.prompts, options.split, options.limit)
+    model, tokenizer = _load(options)
+    settings = DistillationSettings(options.max_new_tokens, options.temperature, options.batch_size)
+    print(json.dumps(distil(model, tokenizer, prompts, options.out, settings), indent=2))
+
+
+def command_train(options) -> None:
+    """Cache hidden states, train heads, count ranks on the calibration answers, save."""
+    from medusa_nb.distillation import load_answers
+    from medusa_nb.features import cache_features
+    from medusa_nb.heads import MedusaHeads
+    from medusa_nb.training import TrainingSettings, accuracy, rank_table, train_heads
+    from medusa_nb.tree import save_rank_counts
+
+    rows = load_answers(options.answers, loops=False)
+    model, tokenizer = _load(options)
+    train = [r for r in rows if r["split"] == "train"]
+    held_out = [r for r in rows if r["split"] == "calibration"]
+    if not train or not held_out:
+        raise InputError(f"'{options.answers}' has {len(train)} train and {len(held_out)} calibration answers; both are needed")
+    features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
+    held_out = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
+    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection)
+    settings = TrainingSettings(options.epochs, options.batch_size, options.learning_rate)
+    train_heads(heads, features, options.out, settings)
+    ranks = rank_table(heads, held_out)
+    save_rank_counts(ranks, options.out / "rank_counts.json")
+    print(json.dumps(accuracy(ranks), indent=2))
+
+
+def _heads_and_tree(options, model):
+    from medusa_nb.heads import MedusaHeads
+    from medusa_nb.measurement import measure_latency
+    from medusa_nb.tree import fastest_tree, load_rank_counts
+
+    heads = MedusaHeads.from_pretrained(options.heads, model)
+    return heads, fastest_tree(load_rank_counts(options.heads / "rank_counts.json"), measure_latency(model))
+
+
+def _prompt_ids(model, tokenizer, messages):
+    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return batch["input_ids"].to(model.device)
+
+
+def command_generate(options) -> None:
+    """Print the answer, and how many passes it took."""
+    from medusa_nb.base_model import eos_token_ids, require_chat_template
+    from medusa_nb.decoding import medusa_generate
+
+    model, tokenizer = _load(options)
+    require_chat_template(tokenizer)
+    heads, tree = _heads_and_tree(options, model)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    ids = _prompt_ids(model, tokenizer, [dict(role="user", content=text)])
+    result = medusa_generate(
+        model, heads, ids, tree=tree, max_new_tokens=options.max_new_tokens, eos_token_id=eos_token_ids(model, tokenizer)
+    )
+    print(tokenizer.decode(result.new_tokens, skip_special_tokens=True))
+    print(f"[{len(result.new_tokens)} tokens in {len(result.steps)} passes, tree of {len(tree)}]", file=sys.stderr)
+
+
+def command_measure(options) -> None:
+    """Print tokens per second, tokens per pass and speedups of the four decoders."""
+    from medusa_nb.base_model import eos_token_ids
+    from medusa_nb.measurement import compare, identity, machine, speedup, standard_decoders
+    from medusa_nb.prompts import load_prompts
+
+    prompts = load_prompts(options.prompts, options.split, options.limit)
+    model, tokenizer = _load(options)
+    heads, tree = _heads_and_tree(options, model)
+    decoders = standard_decoders(model, heads, tree, options.max_new_tokens, eos_token_ids(model, tokenizer))
+    ids = [_prompt_ids(model, tokenizer, [m for m in row["messages"] if m["role"] != "assistant"][:1]) for row in prompts]
+    timings = compare(decoders, ids, options.repeats)
+    for name, timing in timings.items():
+        ratio = speedup(timing, timings["model.generate"])
+        print(f"{name:22}{timing.tokens_per_second():9.1f} tokens/s{timing.tokens_per_pass():7.2f} per pass{ratio:7.2f} x generate")
+    print(json.dumps(dict(machine=machine(model), tree=len(tree), same=identity(model, timings["Medusa"], timings["our loop, no guesses"])), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Run the notebooks headlessly, in order, and keep what they show and what they measured."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from medusa_nb.base_model import ROOT
+from medusa_nb.errors import InputError
+from medusa_nb.progress import HEADLESS
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def walk() -> list[Path]:
+    """The notebooks in their order."""
+    return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def find(name: str) -> Path:
+    """A notebook by its name or the number it starts with."""
+    matches = [n for n in walk() if n.stem == name or n.stem.split("_")[0] == name]
+    if not matches:
+        raise InputError(f"there is no notebook '{name}'; there are {', '.join(n.stem for n in walk())}")
+    return matches[0]
+
+
+def check_parameters(notebook: Path, parameters: dict) -> None:
+    """Refuse names the notebook does not know, and notebooks without exactly one parameters cell."""
+    cells = nbformat.read(notebook, 4).cells
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{notebook.name} has {len(tagged)} cells tagged 'parameters', exactly one is needed")
+    known = papermill.inspect_notebook(str(notebook))
+    for name in parameters:
+        if name not in known:
+            raise InputError(f"{notebook.name} has no parameter '{name}'; it has {', '.join(known)}")
+
+
+def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 1800) -> Path:
+    """Run one notebook in a fresh kernel; returns the executed copy in ``out``.
+
+    Raises:
+        InputError: unknown parameter, a cell failed (its number and error are named; the copy up to
+            there is kept), or a cell did not run.
+    """
+    check_parameters(notebook, parameters)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / notebook.name
+    kernel_environment = {HEADLESS: "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    before = {name: os.environ.get(name) for name in kernel_environment}
+    os.environ.update(kernel_environment)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(target),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(NOTEBOOKS),
+            execution_timeout=timeout,
+            progress_bar=sys.stderr.isatty(),
+        )
+    except PapermillExecutionError as error:
+        raise InputError(
+            f"{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; "
+            f"the notebook up to there is '{target}'"
+        ) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    for cell in nbformat.read(target, 4).cells:
+        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
+            raise InputError(f"{notebook.name} ended early: a cell did not run; it starts with {cell.source.splitlines()[0]!r}")
+    return target
+
+
+def run_walk(run: str = "learner", only: list[str] | None = None, parameters: dict | None = None) -> Path:
+    """Execute the walk (or some of its notebooks); returns the folder with notebooks and results.json."""
+    out = ROOT / "build" / "run" / run
+    work = ROOT / "build" / "walk" / run
+    notebooks = [find(name) for name in only] if only else walk()
+    if not only:
+        shutil.rmtree(work, ignore_errors=True)
+    parameters = {"run": run, "work": str(work)} | (parameters or {})
+    started = time.time()
+    for notebook in notebooks:
+        begun = time.time()
+        print(f"{notebook.stem} ...", end=" ", flush=True)
+        execute(notebook, parameters, out)
+        print(f"{(time.time() - begun) / 60:.1f} min", flush=True)
+    print(f"walk done in {(time.time() - started) / 60:.1f} min; executed notebooks in {out.relative_to(ROOT)}")
+    if (work / "results.json").exists():
+        shutil.copy(work / "results.json", out / "results.json")
+    return out
+
+
+def result_table(results: dict) -> str:
+    """The walk's main figures as plain text."""
+    lines = [f"{'':24}{'in domain':>12}{'without loops':>15}{'out of domain':>15}"]
+    for dtype, part in results.get("speed", {}).items():
+        for name, key in (
+            ("tokens per pass", "tokens_per_pass"),
+            ("speedup, generate", "speedup_vs_generate"),
+            ("speedup, our loop", "speedup_vs_greedy_loop"),
+        ):
+            values = [part.get(domain, {}).get(key) for domain in ("in_domain", "in_domain_without_loops", "out_of_domain")]
+            cells = "".join(f"{v:>{w}.2f}" if v is not None else " " * w for v, w in zip(values, (12, 15, 15), strict=True))
+            lines.append(f"{name + ' ' + dtype:24}{cells}")
+        same = part.get("identical_to_greedy", {})
+        lines.append(f"identical text {dtype}: {same.get('identical')} of {same.get('prompts')}, gaps {same.get('gaps')}")
+    return "\n".join(lines)
