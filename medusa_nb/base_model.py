@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from medusa_nb.errors import InputError
+from medusa_nb.progress import is_headless
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "data" / "base_model"
@@ -33,6 +35,8 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
             recurrent state, whose rejected guesses could not be taken back.
     """
     source = str(name_or_path or DEFAULT)
+    if is_headless():
+        transformers.utils.logging.disable_progress_bar()
     device = torch.device(device or suitable_device())
     dtype = as_dtype(dtype) if dtype is not None else suitable_dtype(device)
     try:

@@ -3,6 +3,7 @@
 The base model is frozen, so its hidden states are computed once and kept on disk, memory-mapped.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -97,6 +98,13 @@ class Features(Dataset):
         self.hidden = torch.from_numpy(np.array(states) if positions * width < 2**28 else states).view(torch.bfloat16)
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         self.conversation = torch.from_numpy(np.load(folder / "conversation.npy"))
+
+    def first(self, count: int) -> "Features":
+        """The first ``count`` positions: for comparisons on equally much data."""
+        part = copy.copy(self)
+        part.about = self.about | dict(positions=count)
+        part.hidden, part.labels, part.conversation = self.hidden[:count], self.labels[:count], self.conversation[:count]
+        return part
 
     def __len__(self) -> int:
         return len(self.labels)

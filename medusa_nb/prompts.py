@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, load_dataset
 
 from medusa_nb.errors import InputError
+from medusa_nb.progress import is_headless
 from medusa_nb.source_code import SPLITS, read_functions, split_of
 
 STDLIB_LEFT_OUT = frozenset({"test", "idlelib", "lib2to3", "turtledemo"})  # not on every learner's machine
@@ -32,6 +34,8 @@ def load_prompts(source: str, split: str | None = None, limit: int | None = None
         split: keep only ``"train"``, ``"calibration"`` or ``"test"``.
         limit: keep at most this many, chosen at random by ``seed``.
     """
+    if is_headless():
+        datasets.disable_progress_bars()
     if split is not None and split not in SPLITS:
         raise InputError(f"unknown split '{split}'; choose one of {', '.join(SPLITS)}")
     if source == "stdlib":

@@ -86,12 +86,16 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
     notebooks = [find(name) for name in only] if only else walk()
     if not only:
         shutil.rmtree(work, ignore_errors=True)
-    parameters = {"run": run, "work": str(work)} | (parameters or {})
+    wanted = parameters or {}
+    known = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
+    if unknown := sorted(set(wanted) - set().union(*known.values())):
+        raise InputError(f"no notebook of this run has a parameter '{unknown[0]}'; they have {', '.join(sorted(set().union(*known.values())))}")
     started = time.time()
     for notebook in notebooks:
         begun = time.time()
         print(f"{notebook.stem} ...", end=" ", flush=True)
-        execute(notebook, parameters, out)
+        own = {name: value for name, value in wanted.items() if name in known[notebook]}
+        execute(notebook, {"run": run, "work": str(work)} | own, out)
         print(f"{(time.time() - begun) / 60:.1f} min", flush=True)
     print(f"walk done in {(time.time() - started) / 60:.1f} min; executed notebooks in {out.relative_to(ROOT)}")
     if (work / "results.json").exists():

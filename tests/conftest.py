@@ -1,0 +1,65 @@
+"""Tiny random models and trees; nothing here or in the tests reads from the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MEDUSA_NB_HEADLESS", "1")
+
+import random  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
+
+from medusa_nb.base_model import DEFAULT  # noqa: E402
+from medusa_nb.tree import Tree, tree_from_paths  # noqa: E402
+
+EOS, PAD = 4, 0
+
+
+def random_model(config, seed: int = 0, std: float = 0.3):
+    """A frozen model of this architecture with large random matrices, so that its texts vary."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval().requires_grad_(False)
+
+
+def small_llama(vocab_size: int = 50, context: int = 96, seed: int = 0, **changes):
+    """A two-layer Llama of hidden size 32."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=context, eos_token_id=EOS, pad_token_id=PAD)
+    return random_model(LlamaConfig(vocab_size=vocab_size, **(sizes | changes)), seed)
+
+
+def random_tree(K: int, n: int, seed: int = 0, width: int = 4) -> Tree:
+    """A random candidate tree at most ``K`` deep with at most ``n`` nodes."""
+    source = random.Random(seed)
+    paths = {()}
+    for _ in range(50 * n):
+        if len(paths) == n:
+            break
+        path = source.choice(sorted(paths)) + (source.randrange(width),)
+        if len(path) <= K:
+            paths.add(path)
+    return tree_from_paths(paths)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEFAULT)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer):
+    """A random Llama with the vocabulary of the shipped tokenizer. Shared: tests must not change it."""
+    return small_llama(len(tokenizer), context=256)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A random Llama of 50 tokens. Shared: tests must not change it."""
+    return small_llama()

@@ -1,0 +1,173 @@
+"""Medusa heads: what they compute, and files that are complete or refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_llama
+from safetensors.torch import load_file, save_file
+
+from medusa_nb.errors import InputError
+from medusa_nb.heads import CONFIG, WEIGHTS, MedusaHeads
+
+SHAPES = [(K, layers, own) for K in range(1, 6) for layers in (1, 2) for own in (False, True)]
+
+
+def random_heads(model, K=3, layers=1, own=False, seed=0) -> MedusaHeads:
+    heads = MedusaHeads.for_model(model, K, layers, own)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return heads
+
+
+@pytest.fixture
+def saved(tmp_path, small_model):
+    random_heads(small_model).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, **changes):
+    """Change tensors of a saved file; None removes one."""
+    tensors = load_file(folder / WEIGHTS) | {name.replace("_", "."): t for name, t in changes.items()}
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(("K", "layers", "own"), SHAPES)
+def test_round_trip(tmp_path, small_model, K, layers, own):
+    heads, hidden = random_heads(small_model, K, layers, own), torch.randn(7, 32)
+    heads.save_pretrained(tmp_path)
+    again = MedusaHeads.from_pretrained(tmp_path, small_model)
+    assert torch.equal(again(hidden), heads(hidden))
+    assert again(hidden).shape == (K, 7, 50)
+    assert not any(p.requires_grad for p in again.parameters())
+    expected = {f"{k}.{i}.linear.{part}" for k in range(K) for i in range(layers) for part in ("weight", "bias")}
+    expected |= {f"{k}.{layers}.weight" for k in range(K)} if own else set()
+    assert set(load_file(tmp_path / WEIGHTS)) == expected
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (K, layers)
+
+
+@pytest.mark.parametrize(("K", "layers", "own"), [(1, 1, False), (4, 1, True), (3, 2, False), (5, 2, True)])
+def test_batched_heads_equal_a_loop(small_model, K, layers, own):
+    heads, hidden = random_heads(small_model, K, layers, own), torch.randn(2, 3, 32)
+    logits = heads(hidden)
+    for k in range(K):
+        x = hidden
+        for i in range(layers):
+            x = x + F.silu(F.linear(x, heads.weight[k, i], heads.bias[k, i]))
+        expected = F.linear(x, heads.projection[k]) if own else small_model.lm_head(x)
+        assert torch.allclose(logits[k], expected, atol=1e-4)
+    assert torch.allclose(heads(hidden, 1), logits[:1], atol=1e-5)
+    assert torch.allclose(heads(hidden[0, 0]), logits[:, 0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_untrained_heads_repeat_the_base_model(small_model, own):
+    hidden = torch.randn(9, 32)
+    logits = MedusaHeads.for_model(small_model, 3, 2, own)(hidden)
+    for head in logits:
+        assert torch.allclose(head, small_model.lm_head(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_blocks_share_nothing_and_part_after_one_step(tmp_path, small_model, own):
+    heads = MedusaHeads.for_model(small_model, 3, 2, own)
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    logits = heads(torch.randn(20, 32))
+    loss = sum(F.cross_entropy(head, torch.randint(50, (20,))) for head in logits)
+    loss.backward()
+    for k in range(3):
+        assert heads.weight.grad[k].abs().sum() > 0 and heads.bias.grad[k].abs().sum() > 0
+        assert not own or heads.projection.grad[k].abs().sum() > 0
+    optimizer.step()
+    heads.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    weights = [tensors[f"{k}.{i}.linear.weight"] for k in range(3) for i in range(2)]
+    assert len({t.data_ptr() for t in weights}) == 6
+    for head in range(3):  # one head's two layers start equal; only different heads have different labels
+        for other in range(head):
+            assert not torch.equal(weights[2 * head], weights[2 * other])
+    with torch.no_grad():
+        before = heads.weight.clone()
+        heads.weight[1, 0] += 1
+    changed = (heads.weight != before).flatten(2).any(-1)
+    assert changed.nonzero().tolist() == [[1, 0]]
+
+
+def test_layers_of_one_head_are_trained_apart(small_model):
+    heads = random_heads(small_model, 2, 2)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    before = heads.weight.detach().clone()
+    F.cross_entropy(heads(torch.randn(20, 32)).flatten(0, 1), torch.randint(50, (40,))).backward()
+    optimizer.step()
+    steps = heads.weight.detach() - before
+    for k in range(2):
+        assert steps[k, 0].abs().sum() > 0
+        assert not torch.allclose(steps[k, 0], steps[k, 1])
+
+
+def test_the_base_model_is_no_parameter_of_the_heads(small_model):
+    heads = MedusaHeads.for_model(small_model, 2)
+    assert sorted(name for name, _ in heads.named_parameters()) == ["bias", "weight"]
+    assert sorted(heads.state_dict()) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_missing_file(saved, small_model, name):
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=f"no {name}"):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"\xff" * 40, lambda data: b""])
+def test_damaged_weights(saved, small_model, damage):
+    (saved / WEIGHTS).write_bytes(damage((saved / WEIGHTS).read_bytes()))
+    with pytest.raises(InputError, match="damaged or cut short"):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+def test_missing_tensor(saved, small_model):
+    rewrite(saved, **{"1_0_linear_bias": None})
+    with pytest.raises(InputError, match="lacks 1.0.linear.bias"):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+def test_extra_tensor(saved, small_model):
+    rewrite(saved, **{"3_0_linear_bias": torch.zeros(32)})
+    with pytest.raises(InputError, match="holds 3.0.linear.bias"):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1,), (32, 32)])
+def test_tensor_of_another_shape(saved, small_model, shape):
+    rewrite(saved, **{"1_0_linear_bias": torch.zeros(shape)})
+    with pytest.raises(InputError, match="1.0.linear.bias"):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_other_base_model(tmp_path, small_model, own):
+    random_heads(small_model, own=own).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"hidden size 32\), this model has 64"):
+        MedusaHeads.from_pretrained(tmp_path, small_llama(hidden_size=64))
+    with pytest.raises(InputError, match=r"vocabulary 50\), this model has 51"):
+        MedusaHeads.from_pretrained(tmp_path, small_llama(vocab_size=51))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"a":\n}', "line 2"), ("{}", "medusa_num_heads"), ("[]", "does not describe Medusa heads")],
+)
+def test_bad_config(saved, small_model, text, message):
+    (saved / CONFIG).write_text(text)
+    with pytest.raises(InputError, match=message):
+        MedusaHeads.from_pretrained(saved, small_model)
+
+
+def test_no_head_is_refused(small_model):
+    with pytest.raises(InputError, match="at least one head"):
+        MedusaHeads.for_model(small_model, 0)

@@ -1,0 +1,147 @@
+"""Candidate trees against slow, obvious computations."""
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import random_tree
+
+from medusa_nb.errors import InputError
+from medusa_nb.tree import (
+    ROOT_ONLY,
+    Tree,
+    build_tree,
+    chain,
+    count_ranks,
+    expected_tokens,
+    fastest_tree,
+    load_rank_counts,
+    save_rank_counts,
+    tree_from_paths,
+)
+
+
+def random_counts(seed: int, positions: int = 200, heads: int = 3, ranks: int = 3) -> Counter:
+    generator = torch.Generator().manual_seed(seed)
+    return count_ranks(torch.randint(-1, ranks, (positions, heads), generator=generator))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mask_is_what_a_walk_to_the_root_meets(seed):
+    tree = random_tree(K=5, n=20, seed=seed)
+    mask = tree.mask()
+    for i in range(len(tree)):
+        met, node = set(), i
+        while node >= 0:
+            met.add(node)
+            node = tree.parents[node]
+        assert set(mask[i].nonzero().flatten().tolist()) == met
+        assert mask[i].sum() == tree.depths()[i] + 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_parents_come_first_and_know_their_children(seed):
+    tree = random_tree(K=4, n=20, seed=seed)
+    for i, parent in enumerate(tree.parents[1:], 1):
+        assert parent < i
+        assert tree.paths[i][:-1] == tree.paths[parent]
+        assert i in tree.children[parent]
+    assert sum(map(len, tree.children)) == len(tree) - 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_guess_index_finds_each_node_in_the_table(seed):
+    tree = random_tree(K=4, n=20, seed=seed)
+    table = torch.arange(tree.depth * tree.width).view(tree.depth, tree.width)
+    expected = [table[len(path) - 1, path[-1]].item() for path in tree.paths[1:]]
+    assert table.flatten()[tree.guess_index].tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_build_tree_is_the_best_subset(seed, size):
+    counts = random_counts(seed, heads=2, ranks=3)
+    nodes = [path for path in counts if path]
+    best = 0
+    for chosen in combinations(nodes, size - 1):
+        if all(path[:-1] == () or path[:-1] in chosen for path in chosen):
+            best = max(best, sum(counts[path] for path in chosen))
+    tree = build_tree(counts, size)
+    assert len(tree) == size
+    assert sum(counts[path] for path in tree.paths[1:]) == best
+
+
+def test_build_tree_by_hand():
+    counts = Counter({(): 10, (0,): 6, (1,): 3, (0, 0): 4, (0, 1): 1, (0, 0, 0): 2})
+    assert build_tree(counts, 4).paths == ((), (0,), (0, 0), (1,))
+    assert set(build_tree(counts, 100).paths) == set(counts)
+
+
+def test_build_tree_puts_the_parent_first_when_counts_are_equal():
+    assert build_tree(Counter({(): 2, (0, 0): 2, (0,): 2, (0, 0, 0): 2}), 3).paths == ((), (0,), (0, 0))
+
+
+def test_count_ranks_by_hand():
+    ranks = torch.tensor([[0, 2], [0, -1], [1, 0], [-1, 0], [0, 2], [40, 0]])
+    assert count_ranks(ranks) == {(): 6, (0,): 3, (0, 2): 2, (1,): 1, (1, 0): 1}
+    assert count_ranks(ranks, max_rank=2) == {(): 6, (0,): 3, (1,): 1, (1, 0): 1}
+
+
+def test_expected_tokens_by_hand():
+    counts = Counter({(): 10, (0,): 6, (0, 0): 3})
+    assert expected_tokens(ROOT_ONLY, counts) == 1
+    assert expected_tokens(chain(2), counts) == pytest.approx(1.9)
+    with pytest.raises(InputError, match="no entry"):
+        expected_tokens(chain(2), Counter({(0,): 6}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_tokens_is_the_mean_of_accepted_paths(seed):
+    ranks = torch.randint(-1, 3, (100, 3), generator=torch.Generator().manual_seed(seed))
+    tree = random_tree(K=3, n=9, seed=seed, width=3)
+    total = 0
+    for row in ranks.tolist():
+        accepted = 0
+        while accepted < 3 and tuple(row[: accepted + 1]) in tree.paths:
+            accepted += 1
+        total += 1 + accepted
+    assert expected_tokens(tree, count_ranks(ranks)) == pytest.approx(total / 100)
+
+
+def test_fastest_tree_weighs_tokens_against_latency():
+    counts = Counter({(): 100, (0,): 60, (0, 0): 40, (1,): 20})  # 1, 1.6, 2.0, 2.2 tokens
+    assert len(fastest_tree(counts, {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0})) == 4
+    assert len(fastest_tree(counts, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.9})) == 3
+    assert len(fastest_tree(counts, {1: 1.0, 2: 1.7, 3: 2.1, 4: 2.3})) == 1
+    assert len(fastest_tree(counts, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.1})) == 3
+    assert len(fastest_tree(counts, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.1}, draft_seconds=0.5)) == 1
+    with pytest.raises(InputError, match="empty"):
+        fastest_tree(counts, {})
+
+
+def test_chain_and_tree_from_paths():
+    assert chain(2).paths == ((), (0,), (0, 0))
+    assert (chain(3).depth, chain(3).width, ROOT_ONLY.depth, ROOT_ONLY.width) == (3, 1, 0, 0)
+    assert tree_from_paths([(0, 1), (0,), (2,)]).paths == ((), (0,), (2,), (0, 1))
+
+
+def test_rank_counts_round_trip(tmp_path):
+    counts = save_rank_counts(torch.tensor([[0, 2], [1, -1]]), tmp_path / "ranks.json")
+    assert load_rank_counts(tmp_path / "ranks.json") == counts
+    with pytest.raises(InputError, match="no '.*none.json'"):
+        load_rank_counts(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "paths", [((), (0, 0), (0,)), ((), (0, 0)), ((0,),), (), ((), (0,), (0,)), ((0,), ())],
+    ids=["child first", "no parent", "no root", "nothing", "twice", "root last"],
+)
+def test_bad_trees_are_refused(paths):
+    with pytest.raises(InputError):
+        Tree(paths)
+
+
+def test_size_zero_is_refused():
+    with pytest.raises(InputError, match="size=0"):
+        build_tree(Counter({(): 1, (0,): 1}), 0)
