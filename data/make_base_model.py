@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from medusa_nb.distillation import generate_batch, is_loop  # noqa: E402
 from medusa_nb.source_code import Function, read_functions, split_of  # noqa: E402
 
 SEED = 0
@@ -225,15 +226,22 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [adamw, muon]
 
 
-def train(rows, folder: Path, minutes: float, save_every: float) -> tuple[LlamaForCausalLM, dict]:
+def train(
+    rows, folder: Path, minutes: float, save_every: float, init: Path | None = None, peak: float = 1.0
+) -> tuple[LlamaForCausalLM, dict]:
     """Train for ``minutes`` of training time, counted over restarts; returns model and totals.
 
-    Only the assistant's tokens are supervised, and only their rows go through lm_head.
+    Only the assistant's tokens are supervised, and only their rows go through lm_head. ``init`` starts
+    from a finished model's weights, on other batches (``peak`` scales the learning rates).
     """
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
+    model = (
+        LlamaForCausalLM.from_pretrained(init, dtype=torch.float32)
+        if init
+        else LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
+    )
     optimizers = make_optimizers(model)
-    state = dict(seconds=0.0, step=0, tokens=0, supervised=0, epoch=0, batch=0)
+    state = dict(seconds=0.0, step=0, tokens=0, supervised=0, epoch=1 if init else 0, batch=0)
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -252,7 +260,9 @@ def train(rows, folder: Path, minutes: float, save_every: float) -> tuple[LlamaF
 
     def save():
         temporary = checkpoint.with_suffix(".tmp")
-        torch.save(dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], state=state), temporary)
+        torch.save(
+            dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], state=state), temporary
+        )
         temporary.replace(checkpoint)
 
     order = batches(rows, state["epoch"])
@@ -270,7 +280,7 @@ def train(rows, folder: Path, minutes: float, save_every: float) -> tuple[LlamaF
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(max(progress, 1e-4))
+                group["lr"] = group["peak"] * peak * learning_rate(max(progress, 1e-4))
             optimizer.step()
             optimizer.zero_grad()
         smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
@@ -311,6 +321,15 @@ def bits_per_byte(model, rows, functions: list[Function]) -> float:
     return bits / nbytes
 
 
+def loop_share(model, tokenizer, functions: list[Function], max_new_tokens: int = 256) -> float:
+    """Share of greedy answers that run into a repetition loop (see ``medusa_nb.distillation.is_loop``)."""
+    prompts = sorted((row[:start].tolist() for row, start in tokenize(functions, tokenizer)), key=len)
+    answers = []
+    for start in range(0, len(prompts), 64):
+        answers += generate_batch(model, prompts[start : start + 64], max_new_tokens, [4])
+    return sum(is_loop(tokens) for tokens, _ in answers) / len(answers)
+
+
 def export(model: LlamaForCausalLM, folder: Path) -> None:
     """Write bf16 safetensors and a generation config with greedy decoding as default."""
     model = model.to(torch.bfloat16)
@@ -325,6 +344,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "base_model", help="corpus and checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "base_model", help="the finished model")
+    parser.add_argument("--init", type=Path, help="go on from a finished model's weights (use another --work)")
+    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates, e.g. 0.5 with --init")
     parser.add_argument("--export-now", action="store_true", help="write the last checkpoint and stop")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -350,7 +371,9 @@ def main() -> None:
     else:
         rows = tokenize(splits["train"], tokenizer)
         print(f"{len(rows):,} functions, {sum(len(r[0]) for r in rows):,} tokens", flush=True)
-        model, state = train(rows, arguments.work, arguments.minutes, arguments.save_every)
+        model, state = train(
+            rows, arguments.work, arguments.minutes, arguments.save_every, arguments.init, arguments.peak
+        )
     export(model, arguments.out)
     model = model.float().eval()
     report = dict(state=state, parameters=sum(p.numel() for p in model.parameters()), functions=Counter())
@@ -360,6 +383,9 @@ def main() -> None:
     sample = random.Random(SEED).sample(splits["test"], 2000)
     report["bits_per_byte_test_stdlib"] = bits_per_byte(model, tokenize(standard, tokenizer), standard)
     report["bits_per_byte_test_all_sources"] = bits_per_byte(model, tokenize(sample, tokenizer), sample)
+    report["loops_test_stdlib"] = loop_share(
+        model, tokenizer, random.Random(SEED).sample(standard, min(200, len(standard)))
+    )
     (arguments.work / "report.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
 

@@ -115,7 +115,9 @@ def command_train(options) -> None:
     train = [r for r in rows if r["split"] == "train"]
     held_out = [r for r in rows if r["split"] == "calibration"]
     if not train or not held_out:
-        raise InputError(f"'{options.answers}' has {len(train)} train and {len(held_out)} calibration answers; both are needed")
+        raise InputError(
+            f"'{options.answers}' has {len(train)} train and {len(held_out)} calibration answers; both are needed"
+        )
     features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
     held_out = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
     heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection)
@@ -151,7 +153,12 @@ def command_generate(options) -> None:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = _prompt_ids(model, tokenizer, [dict(role="user", content=text)])
     result = medusa_generate(
-        model, heads, ids, tree=tree, max_new_tokens=options.max_new_tokens, eos_token_id=eos_token_ids(model, tokenizer)
+        model,
+        heads,
+        ids,
+        tree=tree,
+        max_new_tokens=options.max_new_tokens,
+        eos_token_id=eos_token_ids(model, tokenizer),
     )
     print(tokenizer.decode(result.new_tokens, skip_special_tokens=True))
     print(f"[{len(result.new_tokens)} tokens in {len(result.steps)} passes, tree of {len(tree)}]", file=sys.stderr)
@@ -167,12 +174,26 @@ def command_measure(options) -> None:
     model, tokenizer = _load(options)
     heads, tree = _heads_and_tree(options, model)
     decoders = standard_decoders(model, heads, tree, options.max_new_tokens, eos_token_ids(model, tokenizer))
-    ids = [_prompt_ids(model, tokenizer, [m for m in row["messages"] if m["role"] != "assistant"][:1]) for row in prompts]
+    ids = [
+        _prompt_ids(model, tokenizer, [m for m in row["messages"] if m["role"] != "assistant"][:1]) for row in prompts
+    ]
     timings = compare(decoders, ids, options.repeats)
     for name, timing in timings.items():
         ratio = speedup(timing, timings["model.generate"])
-        print(f"{name:22}{timing.tokens_per_second():9.1f} tokens/s{timing.tokens_per_pass():7.2f} per pass{ratio:7.2f} x generate")
-    print(json.dumps(dict(machine=machine(model), tree=len(tree), same=identity(model, timings["Medusa"], timings["our loop, no guesses"])), indent=2))
+        print(
+            rate, per_pass = timing.tokens_per_second(), timing.tokens_per_pass()
+            print(f"{name:22}{rate:9.1f} tokens/s{per_pass:7.2f} per pass{ratio:7.2f} x generate")
+        )
+    print(
+        json.dumps(
+            dict(
+                machine=machine(model),
+                tree=len(tree),
+                same=identity(model, timings["Medusa"], timings["our loop, no guesses"]),
+            ),
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def suitable_device() -> torch.device:
 
 def has_native_bf16() -> bool:
     """True if this CPU multiplies bf16 numbers in hardware; without it bf16 is emulated and slow."""
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def suitable_dtype(device: torch.device | str) -> torch.dtype:

@@ -92,7 +92,9 @@ def greedy_generate(model, input_ids, max_new_tokens: int = 256, eos_token_id=No
 
 
 @torch.inference_mode()
-def decode(model, heads: MedusaHeads | None, input_ids: torch.Tensor, tree: Tree, max_new_tokens: int) -> Iterator[Step]:
+def decode(
+    model, heads: MedusaHeads | None, input_ids: torch.Tensor, tree: Tree, max_new_tokens: int
+) -> Iterator[Step]:
     """Yield one :class:`Step` per forward pass until ``max_new_tokens`` are emitted.
 
     The caller stops earlier if it likes, for instance at an end-of-text token.
@@ -220,10 +222,14 @@ def check_request(model, heads, input_ids: torch.Tensor, tree: Tree, max_new_tok
         raise InputError(f"max_new_tokens={max_new_tokens}; ask for at least one token")
     available = 0 if heads is None else heads.num_heads
     if tree.depth > available:
-        raise InputError(f"the tree is {tree.depth} guesses deep, but there are {available} heads; prune it to that depth")
+        raise InputError(
+            f"the tree is {tree.depth} guesses deep, but there are {available} heads; prune it to that depth"
+        )
     limit = context_length(model)
     if limit is not None and input_ids.shape[1] >= limit:
-        raise InputError(f"the prompt has {input_ids.shape[1]} tokens, the model's context is {limit}; shorten the prompt")
+        raise InputError(
+            f"the prompt has {input_ids.shape[1]} tokens, the model's context is {limit}; shorten the prompt"
+        )
     return max_new_tokens if limit is None else min(max_new_tokens, limit - input_ids.shape[1])
 
 

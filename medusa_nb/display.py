@@ -93,11 +93,24 @@ def plot_tree(tree: Tree, tokens: list[str] | None = None, path: list[int] | Non
         color = BASE_COLOR if node == 0 else HEAD_COLORS[(depth - 1) % len(HEAD_COLORS)]
         strong = path is None or node in accepted
         if parent >= 0:
-            axes.plot([depth - 1, depth], [-heights[parent], -heights[node]], color=color if strong else "#dddddd", lw=1.5, zorder=1)
+            axes.plot(
+                [depth - 1, depth],
+                [-heights[parent], -heights[node]],
+                color=color if strong else "#dddddd",
+                lw=1.5,
+                zorder=1,
+            )
         label = repr(tokens[node])[1:-1] if tokens else (str(tree.paths[node]) if node else "root")
         axes.text(
-            depth, -heights[node], label, ha="center", va="center", fontsize=8, family="monospace",
-            color="white" if strong else "#777777", zorder=2,
+            depth,
+            -heights[node],
+            label,
+            ha="center",
+            va="center",
+            fontsize=8,
+            family="monospace",
+            color="white" if strong else "#777777",
+            zorder=2,
             bbox=dict(boxstyle="round,pad=0.25", fc=color if strong else "#eeeeee", ec="none"),
         )
     axes.set_xlim(-0.5, tree.depth + 0.5)
@@ -161,7 +174,13 @@ def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
         numbers = range(1, max(tally) + 1)
         mean = sum(values) / len(values)
         heights = [tally[n] / len(values) for n in numbers]
-        plt.bar([n + i * width for n in numbers], heights, width, color=HEAD_COLORS[i], label=f"{name}: {mean:.2f} on average")
+        plt.bar(
+            [n + i * width for n in numbers],
+            heights,
+            width,
+            color=HEAD_COLORS[i],
+            label=f"{name}: {mean:.2f} on average",
+        )
     plt.xlabel("tokens emitted by one pass")
     plt.ylabel("share of passes")
     plt.legend(fontsize=8)
@@ -172,7 +191,11 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
     """Labelled horizontal bars, with a line at the baseline."""
     plt.figure(figsize=(5.2, 0.45 * len(values) + 0.9))
     names = list(values)[::-1]
-    bars = plt.barh(names, [values[n] for n in names], color=[HEAD_COLORS[0] if "Medusa" in n or "own" in n else BASELINE for n in names])
+    bars = plt.barh(
+        names,
+        [values[n] for n in names],
+        color=[HEAD_COLORS[0] if "Medusa" in n or "own" in n else BASELINE for n in names],
+    )
     plt.bar_label(bars, fmt=" %.2f")
     if baseline is not None:
         plt.axvline(baseline, color=BASE_COLOR, lw=1)
@@ -198,7 +221,8 @@ def conversation_html(row: dict) -> str:
     for message in row["messages"]:
         tint = TINTS[0] if message["role"] == "assistant" else "#f5f5f5"
         boxes.append(
-            f'<pre style="white-space:pre-wrap;background:{tint};color:#222;padding:.4em;margin:0">{html.escape(message["content"])}</pre>'
+            f'<pre style="white-space:pre-wrap;background:{tint};color:#222;padding:.4em;margin:0">'
+            f"{html.escape(message['content'])}</pre>"
         )
     end = row.get("finish_reason", "")
     note = f"{html.escape(row['id'])} · ended by {end}{' · repetition loop' if row.get('loop') else ''}"

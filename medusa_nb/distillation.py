@@ -275,7 +275,9 @@ def _claim(file: Path, settings: dict) -> None:
     earlier = json.loads(note.read_text())
     changed = [f"{k} {earlier.get(k)!r} -> {v!r}" for k, v in settings.items() if earlier.get(k) != v]
     if changed:
-        raise InputError(f"'{file}' was made with other settings ({', '.join(changed)}); choose another file or delete it")
+        raise InputError(
+            f"'{file}' was made with other settings ({', '.join(changed)}); choose another file or delete it"
+        )
 
 
 def _write(handle, record: dict) -> None:

@@ -103,7 +103,11 @@ class Features(Dataset):
         """The first ``count`` positions: for comparisons on equally much data."""
         part = copy.copy(self)
         part.about = self.about | dict(positions=count)
-        part.hidden, part.labels, part.conversation = self.hidden[:count], self.labels[:count], self.conversation[:count]
+        part.hidden, part.labels, part.conversation = (
+            self.hidden[:count],
+            self.labels[:count],
+            self.conversation[:count],
+        )
         return part
 
     def __len__(self) -> int:
@@ -119,7 +123,12 @@ class Features(Dataset):
 
 @torch.inference_mode()
 def cache_features(
-    model, tokenizer, conversations: list[dict], folder: str | Path, num_heads: int = 4, max_length: int = 1024,
+    model,
+    tokenizer,
+    conversations: list[dict],
+    folder: str | Path,
+    num_heads: int = 4,
+    max_length: int = 1024,
     batch_tokens: int = 8192,
 ) -> Features:
     """Compute the features of conversations once; later calls with the same inputs only open them.
@@ -161,7 +170,9 @@ def cache_features(
         marker.write_text(json.dumps(dict(key=key, done=done)))
         bar.update(len(batch))
     bar.close()
-    np.save(folder / "labels.npy", np.concatenate([np.array(supervised[i][1], np.int64) for i in order if supervised[i][0]]))
+    np.save(
+        folder / "labels.npy", np.concatenate([np.array(supervised[i][1], np.int64) for i in order if supervised[i][0]])
+    )
     np.save(folder / "conversation.npy", np.concatenate([np.full(len(supervised[i][0]), i) for i in order]))
     about = dict(key=key, positions=total, hidden_size=width, num_heads=num_heads, conversations=len(order))
     (folder / "features.json").write_text(json.dumps(about) + "\n")

@@ -111,7 +111,9 @@ class MedusaHeads(nn.Module):
         own = f"0.{layers}.weight" in tensors
         heads = cls.for_model(model, count, layers, own)
         _refuse_other_base(folder, config, tensors, heads)
-        expected = {f"{k}.{i}.linear.{part}" for k in range(count) for i in range(layers) for part in ("weight", "bias")}
+        expected = {
+            f"{k}.{i}.linear.{part}" for k in range(count) for i in range(layers) for part in ("weight", "bias")
+        }
         expected |= {f"{k}.{layers}.weight" for k in range(count)} if own else set()
         if missing := sorted(expected - tensors.keys()):
             raise InputError(f"{folder / WEIGHTS} lacks {', '.join(missing)}; save the heads again")

@@ -75,7 +75,9 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 1800) ->
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     for cell in nbformat.read(target, 4).cells:
         if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
-            raise InputError(f"{notebook.name} ended early: a cell did not run; it starts with {cell.source.splitlines()[0]!r}")
+            raise InputError(
+                f"{notebook.name} ended early: a cell did not run; it starts with {cell.source.splitlines()[0]!r}"
+            )
     return target
 
 
@@ -88,8 +90,10 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
         shutil.rmtree(work, ignore_errors=True)
     wanted = parameters or {}
     known = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
-    if unknown := sorted(set(wanted) - set().union(*known.values())):
-        raise InputError(f"no notebook of this run has a parameter '{unknown[0]}'; they have {', '.join(sorted(set().union(*known.values())))}")
+    everything = sorted(set().union(*known.values()))
+    if unknown := sorted(set(wanted) - set(everything)):
+        names = ", ".join(everything)
+        raise InputError(f"no notebook of this run has a parameter '{unknown[0]}'; they have {names}")
     started = time.time()
     for notebook in notebooks:
         begun = time.time()
@@ -112,9 +116,15 @@ def result_table(results: dict) -> str:
             ("speedup, generate", "speedup_vs_generate"),
             ("speedup, our loop", "speedup_vs_greedy_loop"),
         ):
-            values = [part.get(domain, {}).get(key) for domain in ("in_domain", "in_domain_without_loops", "out_of_domain")]
-            cells = "".join(f"{v:>{w}.2f}" if v is not None else " " * w for v, w in zip(values, (12, 15, 15), strict=True))
+            values = [
+                part.get(domain, {}).get(key) for domain in ("in_domain", "in_domain_without_loops", "out_of_domain")
+            ]
+            cells = "".join(
+                f"{v:>{w}.2f}" if v is not None else " " * w for v, w in zip(values, (12, 15, 15), strict=True)
+            )
             lines.append(f"{name + ' ' + dtype:24}{cells}")
         same = part.get("identical_to_greedy", {})
-        lines.append(f"identical text {dtype}: {same.get('identical')} of {same.get('prompts')}, gaps {same.get('gaps')}")
+        lines.append(
+            f"identical text {dtype}: {same.get('identical')} of {same.get('prompts')}, gaps {same.get('gaps')}"
+        )
     return "\n".join(lines)

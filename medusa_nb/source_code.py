@@ -129,4 +129,4 @@ def _render(docstring: str, max_chars: int) -> str:
     if "\n" not in text:
         return f'{INDENT}{quotes}{text}"""'
     indented = [INDENT + line if line.strip() else "" for line in text.split("\n")]
-    return f'{INDENT}{quotes}{text.splitlines()[0]}\n' + "\n".join(indented[1:]) + f'\n{INDENT}"""'
+    return f"{INDENT}{quotes}{text.splitlines()[0]}\n" + "\n".join(indented[1:]) + f'\n{INDENT}"""'

@@ -68,7 +68,9 @@ def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     """
     used = (labels != IGNORED).sum(0)
     if not used.any():
-        raise InputError("every label of this batch is ignored; the conversations have no answers long enough to guess in")
+        raise InputError(
+            "every label of this batch is ignored; the conversations have no answers long enough to guess in"
+        )
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view(labels.shape[1], -1).sum(1) / used.clamp(min=1), used
 
@@ -208,7 +210,9 @@ def _claim(folder: Path, settings: TrainingSettings) -> None:
     """Note the settings of unfinished work; refuse to resume it with others."""
     note = folder / "checkpoints" / "settings.json"
     if note.exists() and json.loads(note.read_text()) != asdict(settings):
-        raise InputError(f"'{note.parent}' holds unfinished training with other settings; finish it with those or delete it")
+        raise InputError(
+            f"'{note.parent}' holds unfinished training with other settings; finish it with those or delete it"
+        )
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(asdict(settings)))

@@ -173,5 +173,7 @@ def load_rank_counts(file: str | FilePath) -> Counter:
     """Read what :func:`save_rank_counts` wrote."""
     file = FilePath(file)
     if not file.is_file():
-        raise InputError(f"there is no '{file}' with the ranks of these heads; train them again, or count_ranks yourself")
+        raise InputError(
+            f"there is no '{file}' with the ranks of these heads; train them again, or count_ranks yourself"
+        )
     return Counter({tuple(path): count for path, count in json.loads(file.read_text())})

@@ -1,0 +1,128 @@
+"""Measurements: fair turns, ratios of sums, and the proof that texts are the same."""
+
+import pytest
+import torch
+from conftest import EOS, random_tree
+
+from medusa_nb.decoding import Generation, Step, greedy_generate
+from medusa_nb.heads import MedusaHeads
+from medusa_nb.measurement import (
+    Timing,
+    compare,
+    first_difference_gap,
+    identity,
+    largest_gap,
+    measure_latency,
+    near_tie,
+    speedup,
+    standard_decoders,
+    transformers_generate,
+    without_loops,
+)
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def generation(new: list[int], passes: list[int] | None = None) -> Generation:
+    """A text of these new tokens, emitted in passes of these sizes."""
+    result = Generation(torch.cat([PROMPT, torch.tensor([new])], dim=1), PROMPT.shape[1])
+    start = 0
+    for size in passes or [1] * len(new):
+        result.steps.append(Step([], [], new[start : start + size]))
+        start += size
+    return result
+
+
+def test_decoders_take_turns_in_an_order_that_rotates():
+    calls = []
+    decoders = {name: lambda ids, name=name: calls.append((name, ids.item())) or generation([1]) for name in "abc"}
+    timings = compare(decoders, [torch.tensor([10]), torch.tensor([11])], repeats=2)
+    order = "".join(name for name, _ in calls)
+    assert order == "abc" + "abc" + "bca" + "bca" + "cab"
+    assert [prompt for _, prompt in calls] == [10] * 9 + [11] * 6
+    for timing in timings.values():
+        assert [len(repeats) for repeats in timing.seconds] == [2, 2]
+        assert len(timing.generations) == 2
+
+
+def test_tokens_per_pass_is_a_ratio_of_sums():
+    timing = Timing("x", [[1.0], [1.0]], [generation([1] * 10, [1, 3, 3, 3]), generation([1] * 2, [1, 1])])
+    assert timing.tokens_per_pass() == 10 / 4  # the mean of ratios would be 2
+    assert timing.tokens_per_pass([False, True]) == 1
+    assert timing.pass_counts() == [3, 3, 3, 1]
+
+
+def test_tokens_per_second_uses_medians_and_sums():
+    timing = Timing("x", [[1.0, 9.0, 2.0], [3.0, 3.0, 3.0]], [generation([1] * 10), generation([1] * 5)])
+    slow = Timing("y", [[4.0] * 3, [6.0] * 3], timing.generations)
+    assert timing.tokens_per_second() == 15 / 5
+    assert timing.tokens_per_second([True, False]) == 10 / 2
+    assert speedup(timing, slow) == 2
+    assert timing.spread(slow) == (pytest.approx(10 / 12), pytest.approx(2.5))
+
+
+def test_transformers_generate_counts_passes(small_model):
+    plain = greedy_generate(small_model, PROMPT, 30, eos_token_id=[EOS])
+    theirs = transformers_generate(small_model, PROMPT, 30, [EOS])
+    assert theirs.new_tokens == plain.new_tokens
+    assert theirs.tokens_per_pass == [1] * len(plain.new_tokens)
+    end = plain.new_tokens[3]
+    stopped = transformers_generate(small_model, PROMPT, 30, [EOS, end])
+    assert stopped.new_tokens == plain.new_tokens[: plain.new_tokens.index(end) + 1]
+    assert (stopped.stopped_by, theirs.stopped_by) == ("eos", "length")
+    assert not small_model.base_model._forward_hooks
+
+
+def test_all_standard_decoders_give_the_same_text(small_model):
+    torch.manual_seed(0)
+    heads = MedusaHeads.for_model(small_model, 3)
+    torch.nn.init.normal_(heads.weight, std=0.5)
+    decoders = standard_decoders(small_model, heads.requires_grad_(False), random_tree(3, 9), 40, [EOS])
+    results = {name: decode(PROMPT) for name, decode in decoders.items()}
+    for result in results.values():
+        assert result.new_tokens == results["model.generate"].new_tokens
+        assert sum(result.tokens_per_pass) == len(result.new_tokens)
+    assert len(results["prompt lookup"].steps) <= len(results["model.generate"].steps)
+
+
+def test_equal_texts_have_no_gap(small_model):
+    text = greedy_generate(small_model, PROMPT, 12, eos_token_id=[])
+    assert first_difference_gap(small_model, text, generation(text.new_tokens)) is None
+    assert largest_gap(small_model, text) == pytest.approx(0, abs=1e-4)
+
+
+def test_gap_is_the_distance_of_the_two_logits(small_model):
+    text = greedy_generate(small_model, PROMPT, 12, eos_token_id=[])
+    new = text.new_tokens
+    other = generation(new[:4] + [(new[4] + 1) % 50] + new[5:])
+    logits = small_model(text.sequences[:, :9]).logits[0, -1]
+    expected = (logits[new[4]] - logits[(new[4] + 1) % 50]).item()
+    assert expected > 0.1
+    assert first_difference_gap(small_model, text, other) == pytest.approx(expected, abs=1e-3)
+    assert first_difference_gap(small_model, other, text) == pytest.approx(expected, abs=1e-3)
+    assert largest_gap(small_model, other) >= expected - 1e-3
+
+
+def test_a_beginning_is_never_a_tie(small_model):
+    text = greedy_generate(small_model, PROMPT, 12, eos_token_id=[])
+    assert first_difference_gap(small_model, generation(text.new_tokens[:5]), text) == float("inf")
+
+
+def test_identity_counts_texts(small_model):
+    text = greedy_generate(small_model, PROMPT, 6, eos_token_id=[])
+    wrong = generation([(token + 1) % 50 for token in text.new_tokens])
+    result = identity(small_model, Timing("a", [], [text, wrong]), Timing("b", [], [text, text]))
+    assert (result["prompts"], result["identical"], len(result["gaps"])) == (2, 1, 1)
+    assert result["gaps"][0] > result["tie"] == near_tie(torch.float32)
+    assert near_tie(torch.bfloat16) > near_tie(torch.float32)
+
+
+def test_without_loops():
+    timing = Timing("x", [], [generation(list(range(80))), generation([1, 2] * 40), generation([3] * 10)])
+    assert without_loops(timing) == [True, False, True]
+
+
+def test_latency_of_each_width(small_model):
+    latency = measure_latency(small_model, widths=(1, 3), past=10, repeats=3)
+    assert list(latency) == [1, 3]
+    assert all(seconds > 0 for seconds in latency.values())
