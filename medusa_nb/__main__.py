@@ -183,10 +183,6 @@ def command_measure(options) -> None:
         rate, per_pass = timing.tokens_per_second(), timing.tokens_per_pass()
         print(f"{name:22}{rate:9.1f} tokens/s{per_pass:7.2f} per pass{ratio:7.2f} x generate")
     print(
-            rate, per_pass = timing.tokens_per_second(), timing.tokens_per_pass()
-            print(f"{name:22}{rate:9.1f} tokens/s{per_pass:7.2f} per pass{ratio:7.2f} x generate")
-        )
-    print(
         json.dumps(
             dict(
                 machine=machine(model),
