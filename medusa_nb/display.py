@@ -100,7 +100,7 @@ def plot_tree(tree: Tree, tokens: list[str] | None = None, path: list[int] | Non
                 lw=1.5,
                 zorder=1,
             )
-        label = repr(tokens[node])[1:-1] if tokens else (str(tree.paths[node]) if node else "root")
+        label = visible(tokens[node]) if tokens else (str(tree.paths[node]) if node else "root")
         axes.text(
             depth,
             -heights[node],
@@ -129,12 +129,18 @@ def _preorder(tree: Tree) -> list[int]:
     return order
 
 
+def visible(text: str) -> str:
+    """A token with its spaces and line ends made visible."""
+    return text.replace(" ", "␣").replace("\n", "⏎") or "∅"
+
+
 def plot_mask(tree: Tree, labels: list[str]) -> None:
     """Which candidate (row) may look at which (column)."""
     _, axes = plt.subplots(figsize=(3.4, 3.2))
     axes.imshow(~tree.mask().numpy(), cmap="gray", vmin=-0.6, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    names = [f"{node}: {visible(label)}" for node, label in enumerate(labels)]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("may be looked at")
     axes.set_ylabel("looks")
     axes.grid(False)

@@ -196,12 +196,20 @@ def generate_batch(
                 finished[row] = True
         positions = positions[:, -1:] + 1
         if not going.all():
-            tokens, rows, mask, positions = tokens[going], rows[going], mask[going], positions[going]
-            if not len(rows):
+            order = close_gaps(going)
+            if not len(order):
                 break
-            cache.batch_select_indices(going)
+            tokens, rows, mask, positions = tokens[order], rows[order], mask[order], positions[order]
+            cache.select_rows(order)
         ids = tokens.unsqueeze(1)
     return list(zip(answers, finished, strict=True))
+
+
+def close_gaps(going: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows that go on, the last ones moved into the places of those that ended."""
+    order = torch.arange(int(going.sum()), device=going.device)
+    order[~going[: len(order)]] = going[len(order) :].nonzero()[:, 0] + len(order)
+    return order
 
 
 def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:

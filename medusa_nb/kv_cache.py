@@ -46,9 +46,13 @@ class BufferLayer(CacheLayerMixin):
             self.values[:, :, start:end] = self.values[:, :, start + rows]
         self.length = end
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only these rows of the batch (numbers, or a bool for each)."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+    def select_rows(self, order: torch.Tensor) -> None:
+        """Make row i of the batch what row ``order[i]`` was; only rows that move are copied."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
+        if len(moved):
+            for buffer in (self.keys, self.values):
+                buffer[moved, :, : self.length] = buffer[order[moved], :, : self.length]
+        self.keys, self.values = self.keys[: len(order)], self.values[: len(order)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -72,3 +76,8 @@ class BufferCache(Cache):
         rows = None if contiguous else torch.tensor(path, device=self.layers[0].device)
         for layer in self.layers:
             layer.keep(start, rows, len(path))
+
+    def select_rows(self, order: torch.Tensor) -> None:
+        """Keep the rows of the batch that ``order`` numbers, in its order."""
+        for layer in self.layers:
+            layer.select_rows(order)

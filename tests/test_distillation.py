@@ -85,14 +85,17 @@ def test_records(tmp_path, model, tokenizer, prompts):
 def test_several_turns_are_answered_with_its_own_earlier_answers(tmp_path, model, tokenizer):
     given = [dict(role="assistant", content="not my words"), dict(role="user", content="def two():")]
     system = dict(role="system", content="Write Python.")
-    row = dict(id="m", split="train", messages=[system, *user("def one():")["messages"], *given])
-    distil(model, tokenizer, Dataset.from_list([row]), tmp_path / "a.jsonl", SETTINGS)
-    messages = read_lines(tmp_path / "a.jsonl")[0]["messages"]
-    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert "not my words" not in [m["content"] for m in messages]
-    for i in (2, 4):
-        answer = answer_alone(model, tokenizer, messages[:i])
-        assert messages[i]["content"] == tokenizer.decode(answer, skip_special_tokens=True)
+    rows = [user(f"def {word}():", name=word) for word in WORDS[:4]]
+    rows = [row | dict(messages=[system, *row["messages"], *given]) for row in rows]
+    distil(model, tokenizer, Dataset.from_list(rows), tmp_path / "a.jsonl", SETTINGS)
+    answered = read_lines(tmp_path / "a.jsonl")
+    assert len(answered) >= 2  # the others ended in an empty answer
+    for messages in (row["messages"] for row in answered):
+        assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+        assert "not my words" not in [m["content"] for m in messages]
+        for i in (2, 4):
+            answer = answer_alone(model, tokenizer, messages[:i])
+            assert messages[i]["content"] == tokenizer.decode(answer, skip_special_tokens=True)
 
 
 KILLED = """
@@ -251,7 +254,8 @@ def test_no_chat_template(tmp_path, model, tokenizer, prompts):
 
 
 def test_load_answers(tmp_path):
-    rows = [dict(id=i, split=split, loop=loop) for i, split, loop in ((1, "train", False), (2, "train", True), (3, "test", False))]
+    kinds = [(1, "train", False), (2, "train", True), (3, "test", False)]
+    rows = [dict(id=number, split=split, loop=loop) for number, split, loop in kinds]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row["id"] for row in load_answers(tmp_path / "a.jsonl")] == [1, 2, 3]
     assert [row["id"] for row in load_answers(tmp_path / "a.jsonl", "train", loops=False)] == [1]

@@ -140,10 +140,10 @@ def test_accuracy_by_hand():
     assert scores[1] == dict(top1=0.0, top5=0.5, labels=2)
 
 
-def test_interrupted_training_ends_at_the_same_weights(tmp_path, features, small_model):
-    whole = MedusaHeads.for_model(small_model, 2)
+@pytest.mark.parametrize("own", [False, True])
+def test_interrupted_training_ends_at_the_same_weights(tmp_path, features, small_model, own):
+    whole, first, second = (MedusaHeads.for_model(small_model, 2, own_projection=own) for _ in range(3))
     train_heads(whole, features, tmp_path / "whole", SETTINGS)
-    first, second = (MedusaHeads.for_model(small_model, 2) for _ in range(2))
     with pytest.raises(KeyboardInterrupt):
         train_heads(first, features, tmp_path / "parts", SETTINGS, [Interrupt(13)])
     seen = StepsSeen()
