@@ -168,15 +168,13 @@ def command_measure(options) -> None:
     """Print tokens per second, tokens per pass and speedups of the four decoders."""
     from medusa_nb.base_model import eos_token_ids
     from medusa_nb.measurement import compare, identity, machine, speedup, standard_decoders
-    from medusa_nb.prompts import load_prompts
+    from medusa_nb.prompts import first_turn, load_prompts
 
     prompts = load_prompts(options.prompts, options.split, options.limit)
     model, tokenizer = _load(options)
     heads, tree = _heads_and_tree(options, model)
     decoders = standard_decoders(model, heads, tree, options.max_new_tokens, eos_token_ids(model, tokenizer))
-    ids = [
-        _prompt_ids(model, tokenizer, [m for m in row["messages"] if m["role"] != "assistant"][:1]) for row in prompts
-    ]
+    ids = [_prompt_ids(model, tokenizer, first_turn(row["messages"])) for row in prompts]
     timings = compare(decoders, ids, options.repeats)
     for name, timing in timings.items():
         ratio = speedup(timing, timings["model.generate"])

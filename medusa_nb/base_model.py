@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,10 +39,11 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
     if is_headless():
         transformers.utils.logging.disable_progress_bar()
     device = torch.device(device or suitable_device())
-    dtype = as_dtype(dtype) if dtype is not None else suitable_dtype(device)
+    dtype = as_dtype(dtype) if dtype is not None else None
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         refuse_unsuitable(config, source)
+        dtype = dtype or suitable_dtype(device, config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -51,7 +53,7 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         first_line = str(error).strip().split("\n")[0]
@@ -94,29 +96,32 @@ def has_native_bf16() -> bool:
     )
 
 
-def suitable_dtype(device: torch.device | str) -> torch.dtype:
+def suitable_dtype(device: torch.device | str, config=None) -> torch.dtype:
     """Half precision on an accelerator; on a CPU the faster of fp32 and (where native) bf16.
 
-    On a CPU both are timed on one verify pass worth of work, 16 rows through a large linear layer:
-    bf16 halves the bytes to read, but not every CPU that has it also computes faster in it.
+    On a CPU both are timed on what a verify pass does: 16 rows through linear layers of the model's
+    size. bf16 halves the bytes to read, which decides for large models; but not every CPU that has it
+    also computes faster in it, which decides for small ones.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float16
     if not has_native_bf16():
         return torch.float32
-    seconds = {dtype: _linear_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    hidden = getattr(config and config.get_text_config(), "hidden_size", None) or 2048
+    seconds = {dtype: _linear_seconds(dtype, hidden) for dtype in (torch.float32, torch.bfloat16)}
     return min(seconds, key=seconds.get)
 
 
-def _linear_seconds(dtype: torch.dtype, rows: int = 16, size: int = 2048, repeats: int = 7) -> float:
-    layer = nn.Linear(size, size, bias=False, dtype=dtype)
-    rows = torch.randn(rows, size, dtype=dtype)
+def _linear_seconds(dtype: torch.dtype, hidden: int, rows: int = 16, layers: int = 6, repeats: int = 9) -> float:
+    """Median seconds of ``rows`` through ``layers`` different linear layers ``[3 hidden, hidden]``."""
+    weights = [torch.randn(3 * hidden, hidden).to(dtype) for _ in range(layers)]
+    inputs = torch.randn(rows, hidden).to(dtype)
     times = []
-    with torch.inference_mode():
-        for _ in range(repeats):
-            started = time.perf_counter()
-            layer(rows)
-            times.append(time.perf_counter() - started)
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(inputs, weight)
+        times.append(time.perf_counter() - started)
     return sorted(times)[len(times) // 2]
 
 

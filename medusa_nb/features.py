@@ -142,7 +142,7 @@ def cache_features(
     folder = Path(folder)
     if not conversations:
         raise InputError("there is no conversation to compute features of; the data set is empty")
-    key = _key(model, conversations, num_heads, max_length)
+    key = _key(model, tokenizer, conversations, num_heads, max_length)
     if (folder / "features.json").exists() and json.loads((folder / "features.json").read_text())["key"] == key:
         return Features(folder)
     encoded = [encode_conversation(tokenizer, c["messages"], max_length) for c in conversations]
@@ -154,6 +154,7 @@ def cache_features(
     require_disk_space(folder, total * width * 2)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     starts = np.cumsum([0, *(len(supervised[i][0]) for i in order)])
+    (folder / "features.json").unlink(missing_ok=True)  # what it describes is about to be overwritten
     marker = folder / "progress.json"
     done = _finished_conversations(marker, key)
     mode = "r+" if done else "w+"
@@ -209,10 +210,11 @@ def _batch_from(order: list[int], start: int, encoded: list[Encoded], batch_toke
     return batch
 
 
-def _key(model, conversations: list[dict], num_heads: int, max_length: int) -> str:
+def _key(model, tokenizer, conversations: list[dict], num_heads: int, max_length: int) -> str:
     digest = hashlib.sha256(fingerprint(model).encode())
     digest.update(json.dumps([c["messages"] for c in conversations]).encode())
-    digest.update(f"{num_heads} {max_length} {model.dtype}".encode())
+    digest.update(f"{num_heads} {max_length} {model.dtype} {tokenizer.chat_template}".encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
 

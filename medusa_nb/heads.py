@@ -119,6 +119,13 @@ class MedusaHeads(nn.Module):
             raise InputError(f"{folder / WEIGHTS} lacks {', '.join(missing)}; save the heads again")
         if extra := sorted(tensors.keys() - expected):
             raise InputError(f"{folder / WEIGHTS} holds {', '.join(extra)}, which {CONFIG} does not mention")
+        wanted = {"weight": heads.weight.shape[2:], "bias": heads.bias.shape[2:]}
+        for name, tensor in tensors.items():
+            shape = wanted[name.split(".")[-1]] if ".linear." in name else heads.projection.shape[1:]
+            if tensor.shape != shape:
+                raise InputError(
+                    f"{folder / WEIGHTS}: {name} has the shape {list(tensor.shape)}, {list(shape)} is needed"
+                )
         with torch.no_grad():
             for k in range(count):
                 for i in range(layers):
@@ -150,7 +157,7 @@ def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS} is damaged or cut short ({error}); save the heads again") from error
     for key in ("medusa_num_heads", "medusa_num_layers"):
-        if not isinstance(config.get(key), int):
+        if not isinstance(config, dict) or not isinstance(config.get(key), int):
             raise InputError(f"{folder / CONFIG} has no whole number '{key}'; it does not describe Medusa heads")
     return config, tensors
 

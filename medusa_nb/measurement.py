@@ -15,6 +15,7 @@ import torch
 from medusa_nb.base_model import context_length, suitable_device
 from medusa_nb.decoding import Generation, Step, Verifier, greedy_generate, guess, medusa_generate
 from medusa_nb.distillation import is_loop
+from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import progress
 from medusa_nb.tree import Tree
@@ -163,6 +164,8 @@ def compare(decoders: dict[str, Decoder], prompts: list[torch.Tensor], repeats: 
 
     One warm-up round on the first prompt is not counted.
     """
+    if not prompts:
+        raise InputError("there is no prompt to measure on")
     timings = {name: Timing(name) for name in decoders}
     for decoder in decoders.values():
         decoder(prompts[0])

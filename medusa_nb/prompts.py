@@ -60,6 +60,14 @@ def sample(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
     return dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), limit)))
 
 
+def first_turn(messages: list[dict]) -> list[dict]:
+    """The messages up to and including the first user turn: a prompt that can be answered at once."""
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            return messages[: i + 1]
+    raise InputError("the conversation has no user turn")
+
+
 def from_standard_library() -> Dataset:
     """Documented functions of the standard library: the user writes signature and docstring."""
     functions = read_functions(sysconfig.get_paths()["stdlib"], "stdlib", left_out=STDLIB_LEFT_OUT)
@@ -132,13 +140,21 @@ def from_hub(name: str, split: str = "train", **arguments) -> Dataset:
             f"and as a hub data set: {first_line}"
         ) from error
     short = name.rstrip("/").split("/")[-1]
-    rows = [_conversation(record, short, f"row {i}") for i, record in enumerate(loaded)]
+    rows = []
+    for i, record in enumerate(loaded):
+        try:
+            rows.append(_conversation(record, short, f"row {i}"))
+        except InputError as error:
+            raise InputError(f"data set '{name}', row {i}: {error}; filter it out or mend it") from error
     return _dataset(rows, f"the data set '{name}' has no rows")
 
 
 def _records(file: Path) -> Iterable[tuple[str, object]]:
     """``(place, record)`` of a file; places name a line (JSONL) or the number of an entry (JSON)."""
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -163,8 +179,10 @@ def _conversation(record, source: str, where: str) -> dict:
         raise InputError("no list under 'messages' or 'conversations'")
     read = []
     for turn in turns:
+        if not isinstance(turn, dict):
+            raise InputError(f"a turn is a {type(turn).__name__} instead of a role and a content")
         role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-        if SHAREGPT_ROLES.get(role) is None or not isinstance(content, str):
+        if not isinstance(role, str) or role not in SHAREGPT_ROLES or not isinstance(content, str):
             raise InputError(f"a turn has the role {role!r} and a content of type {type(content).__name__}")
         read.append((SHAREGPT_ROLES[role], content))
     while read and read[0][0] == "assistant":  # ShareGPT exports may start with the model's turn

@@ -144,7 +144,7 @@ def train_heads(
     settings = settings or TrainingSettings()
     folder = Path(folder)
     _refuse_misfit(heads, features)
-    _claim(folder, settings)
+    _claim(folder, settings, heads, features)
     checkpoints = folder / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -155,6 +155,7 @@ def train_heads(
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         logging_steps=settings.logging_steps,
+        logging_first_step=True,
         save_steps=settings.save_steps,
         save_total_limit=1,
         seed=settings.seed,
@@ -206,15 +207,19 @@ def _refuse_misfit(heads: MedusaHeads, features: Features) -> None:
         )
 
 
-def _claim(folder: Path, settings: TrainingSettings) -> None:
+def _claim(folder: Path, settings: TrainingSettings, heads: MedusaHeads, features: Features) -> None:
     """Note the settings of unfinished work; refuse to resume it with others."""
     note = folder / "checkpoints" / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != asdict(settings):
+    own = heads.projection is not None
+    claim = asdict(settings) | dict(heads=heads.num_heads, layers=heads.num_layers, own_projection=own)
+    claim |= dict(features=features.about.get("key"), positions=len(features))
+    if note.exists() and json.loads(note.read_text()) != claim:
         raise InputError(
-            f"'{note.parent}' holds unfinished training with other settings; finish it with those or delete it"
+            f"'{note.parent}' holds unfinished training with other settings, heads or features; "
+            "finish it with those or delete it"
         )
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(asdict(settings)))
+        note.write_text(json.dumps(claim))
     except OSError as error:
         raise InputError(f"cannot write to '{folder}': {error.strerror}; choose another folder") from error

@@ -37,7 +37,7 @@ def write_features(folder, positions: int = 128, heads: int = 2, width: int = 32
     (folder / "hidden.bf16").write_bytes(hidden.view(torch.int16).numpy().tobytes())
     np.save(folder / "labels.npy", labels.numpy())
     np.save(folder / "conversation.npy", np.arange(positions))
-    about = dict(positions=positions, hidden_size=width, num_heads=heads)
+    about = dict(positions=positions, hidden_size=width, num_heads=heads, key=str(seed))
     (folder / "features.json").write_text(json.dumps(about))
     return Features(folder)
 
