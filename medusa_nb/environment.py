@@ -25,19 +25,19 @@ def check_requirements(file=ROOT / "requirements.txt") -> list[str]:
 def estimate_minutes(settings: WalkSettings, latency: dict[int, float]) -> dict[str, float]:
     """Minutes of each notebook, from t(n) of this machine.
 
-    Distillation reads 64 rows a pass; training costs about as much as ten forward passes over each
-    position of each epoch; measuring decodes with four decoders in two number formats.
+    Distillation and hidden states read 64 rows a pass; training costs about as much as four such rows
+    for each position of each epoch; measuring decodes with four decoders in two number formats.
     """
-    tokens = 0.6 * settings.max_new_tokens  # of an average answer
+    tokens = 0.4 * settings.max_new_tokens  # of an average answer
     answers = settings.train_prompts + settings.calibration_prompts + settings.prose_prompts
     row = latency[64] / 64
-    positions = settings.train_prompts * tokens * settings.epochs
-    compared = 3 * settings.comparison_conversations * tokens * settings.epochs
+    positions = 0.3 * settings.train_prompts * tokens * settings.epochs  # without the answers that loop
+    compared = 3 * 0.3 * settings.comparison_conversations * tokens * settings.epochs
     decoded = settings.test_prompts * tokens * settings.repeats * 4 * 2
     seconds = {
-        "01": 20 + 30 * sum(latency.values()),
+        "01": 10 + 30 * sum(latency.values()),
         "02": 15 + 2 * answers * tokens * row,
-        "03": 15 + 10 * positions * row,
-        "04": 20 + 10 * compared * row + decoded * latency[1],
+        "03": 15 + 4 * positions * row,
+        "04": 20 + 4 * compared * row + decoded * latency[1],
     }
     return {name: value / 60 for name, value in seconds.items()}

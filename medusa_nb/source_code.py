@@ -100,7 +100,7 @@ def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
 
 def _prompt_and_body(node, lines: list[str], max_docstring_chars: int) -> tuple[str, str] | None:
     docstring = ast.get_docstring(node)
-    if not docstring or '"""' in docstring or docstring.endswith(('"', "\\")) or len(node.body) < 2:
+    if not docstring or '"""' in docstring or len(node.body) < 2:
         return None
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     doc = node.body[0]
@@ -125,6 +125,8 @@ def _render(docstring: str, max_chars: int) -> str:
         if sum(map(len, kept)) > max_chars:
             break
     text = "\n\n".join(kept).strip()
+    if text.endswith(('"', "\\")):
+        text += " "  # or it would run into the closing quotes
     quotes = 'r"""' if "\\" in text else '"""'
     if "\n" not in text:
         return f'{INDENT}{quotes}{text}"""'

@@ -26,13 +26,13 @@ class WalkSettings:
 
 RUNS = {
     "learner": WalkSettings(
-        train_prompts=1600,
-        calibration_prompts=150,
+        train_prompts=4400,
+        calibration_prompts=400,
         prose_prompts=300,
         test_prompts=24,
         max_new_tokens=160,
-        epochs=3,
-        comparison_conversations=250,
+        epochs=4,
+        comparison_conversations=600,
         repeats=3,
         latency_repeats=25,
     ),
