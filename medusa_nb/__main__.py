@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--smoke", action="store_true", help="a short run of the same code")
     run.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names or numbers, e.g. 03")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter")
+    run.add_argument("--keep-outputs", action="store_true", help="put the outputs into notebooks/ as well")
     run.set_defaults(command=command_run)
 
     distill = commands.add_parser("distill", help="let the base model answer prompts")
@@ -84,9 +85,11 @@ def _load(options):
 
 def command_run(options) -> None:
     """Execute the walk and print its result table."""
-    from medusa_nb.run import result_table, run_walk
+    from medusa_nb.run import keep_outputs, result_table, run_walk
 
     out = run_walk("smoke" if options.smoke else "learner", options.only, dict(options.p))
+    if options.keep_outputs:
+        keep_outputs(out)
     if (out / "results.json").exists():
         print(result_table(json.loads((out / "results.json").read_text())))
 

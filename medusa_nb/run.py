@@ -107,6 +107,24 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
     return out
 
 
+def keep_outputs(out: Path) -> None:
+    """Copy the outputs of executed notebooks in ``out`` into ``notebooks/``, without papermill's traces."""
+    for executed in sorted(out.glob("*.ipynb")):
+        notebook = nbformat.read(executed, 4)
+        notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+        notebook.metadata.pop("papermill", None)
+        count = 0
+        for cell in notebook.cells:
+            cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
+            if cell.cell_type == "code":
+                count += 1
+                cell.execution_count = count
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output.execution_count = count
+        nbformat.write(notebook, NOTEBOOKS / executed.name)
+
+
 def result_table(results: dict) -> str:
     """The walk's main figures as plain text."""
     lines = [f"{'':24}{'in domain':>12}{'without loops':>15}{'out of domain':>15}"]

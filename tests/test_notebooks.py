@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from medusa_nb.errors import InputError
-from medusa_nb.run import check_parameters, execute, find, walk
+from medusa_nb.run import check_parameters, execute, find, keep_outputs, walk
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,20 @@ def test_failing_cell_is_named(tmp_path, source, message):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
     with pytest.raises(InputError, match=message):
         execute(path, {}, tmp_path / "out")
+
+
+def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatch):
+    monkeypatch.setattr("medusa_nb.run.NOTEBOOKS", tmp_path)
+    keep_outputs(executed[1][0].parent)
+    for path in walk_of(tmp_path):
+        notebook = nbformat.read(path, 4)
+        tags = [tag for c in notebook.cells for tag in c.metadata.get("tags", [])]
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        assert tags == ["parameters"]
+        assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+
+
+def walk_of(folder):
+    notebooks = sorted(folder.glob("*.ipynb"))
+    assert len(notebooks) == 4
+    return notebooks
