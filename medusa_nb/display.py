@@ -168,7 +168,7 @@ def plot_accuracy(ranks: torch.Tensor, trivial: list[float], tops: tuple[int, ..
     plt.ylabel("share right (held out)")
     plt.ylim(0, 1)
     plt.xticks(tops)
-    plt.legend(title="dotted: trivial guess", fontsize=8)
+    plt.legend(title="dotted: trivial guess", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
 
 
@@ -187,6 +187,7 @@ def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
             color=HEAD_COLORS[i],
             label=f"{name}: {mean:.2f} on average",
         )
+    plt.xticks(range(1, max(max(v) for v in counts.values()) + 1))
     plt.xlabel("tokens emitted by one pass")
     plt.ylabel("share of passes")
     plt.legend(fontsize=8)

@@ -76,14 +76,14 @@ def measure_draft(heads: MedusaHeads, tree: Tree, repeats: int = 25) -> float:
 
 
 def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, eos: list[int], **options) -> Generation:
-    """``model.generate``, greedy, with its forward passes counted; ``options`` go to it as they are."""
-    passes = 0
+    """``model.generate``, greedy, noting what each forward pass emitted; ``options`` go to it as they are."""
+    cached = []  # tokens in the cache before each forward pass
 
-    def count(*_):
-        nonlocal passes
-        passes += 1
+    def note(module, arguments, keywords):
+        past = keywords.get("past_key_values")
+        cached.append(0 if past is None else past.get_seq_length())
 
-    hook = model.base_model.register_forward_hook(count)
+    hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         sequences = model.generate(
             input_ids,
@@ -99,8 +99,9 @@ def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, e
     result = Generation(sequences, input_ids.shape[1])
     new = result.new_tokens
     result.stopped_by = "eos" if new and new[-1] in eos else "length"
-    cuts = [round(i * len(new) / passes) for i in range(passes + 1)] if passes else []
-    result.steps = [Step([], [], new[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    # before pass i the cache holds the prompt and all new tokens but the last one
+    before = [0, *(n + 1 - input_ids.shape[1] for n in cached[1:]), len(new)]
+    result.steps = [Step([], [], new[a:b]) for a, b in zip(before, before[1:], strict=False)]
     return result
 
 
