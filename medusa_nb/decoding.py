@@ -1,7 +1,7 @@
 """Speculative decoding with Medusa heads: guess a tree, check it in one pass, keep the right path.
 
-The whole algorithm is :func:`decode`. What the base model would have said is never changed: a guess
-is kept only where it is the base model's own choice (Cai et al., arXiv 2401.10774, section 2).
+The whole algorithm is :meth:`Decoder.step`. What the base model would have said is never changed: a
+guess is kept only where it is the base model's own choice (Cai et al., arXiv 2401.10774, section 2).
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 import torch
 
 from medusa_nb.base_model import context_length, refuse_unsuitable
+from medusa_nb.compilation import compile_step
+from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, refuse_deep
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
-from medusa_nb.kv_cache import BufferCache
 from medusa_nb.tree import ROOT_ONLY, Tree
+from medusa_nb.verification import Choose, Verifier, best
 
 
 @dataclass
 class Step:
-    """What one forward pass did.
+    """What one forward pass did to one text.
 
     ``tokens`` are the N candidate tokens it read, ``path`` the numbers of the tree nodes it accepted
     (the root first) and ``emitted`` the new tokens of the text: the accepted guesses, then the token
@@ -49,6 +51,194 @@ class Generation:
         return self.sequences[0, self.prompt_length :].tolist()
 
 
+class Decoder:
+    """A base model, its heads and tree, and buffers for ``slots`` texts of up to ``capacity`` tokens.
+
+    Args:
+        model: a decoder-only transformers model that takes a 4-D attention mask.
+        heads: Medusa heads of this model; None only with a tree that is just a root (plain decoding).
+        tree: the candidate tree; at most as deep as there are heads.
+        slots: how many texts are decoded at once.
+        capacity: room of a slot: prompt, new tokens and one tree.
+        choose: what counts as said by the base model; greedy by default, see :mod:`medusa_nb.sampling`.
+        draft: another source of candidates than ``heads`` in ``tree``, see :mod:`medusa_nb.drafting`.
+
+    Raises:
+        InputError: the model is no decoder with attention only, or the tree is deeper than the heads.
+    """
+
+    def __init__(
+        self,
+        model,
+        heads: MedusaHeads | None = None,
+        tree: Tree = ROOT_ONLY,
+        *,
+        capacity: int,
+        slots: int = 1,
+        choose: Choose = best,
+        draft: TreeDraft | DynamicDraft | None = None,
+    ):
+        refuse_unsuitable(model.config, model.config._name_or_path or type(model).__name__, type(model))
+        refuse_deep(tree, heads)
+        self.model, self.slots, self.capacity = model, slots, capacity
+        self.verifier = Verifier(model, slots, capacity, choose)
+        self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
+        self.run, self.fixed_span, self.why_eager = self.step, None, ""
+
+    def step(self, state: State, span: int) -> tuple[State, torch.Tensor]:
+        """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
+
+        Returns:
+            The state after the pass, and for the host a record ``[B, 1 + P + P + N]``: how many nodes were
+            accepted, what was emitted, the accepted path, the candidates' tokens.
+        """
+        candidates = self.draft(state)
+        said, hidden = self.verifier.check(candidates, state.lengths, span)
+        path, count = longest_right_path(candidates, said, self.draft.depth)
+        self.verifier.keep(path, state.lengths)
+        emitted = said.gather(1, path)  # an accepted guess is what was said one node above it
+        last = path.gather(1, count.unsqueeze(1) - 1)
+        root = said.gather(1, last)[:, 0]
+        hidden = hidden.gather(1, last.unsqueeze(2).expand(-1, -1, hidden.shape[2]))[:, 0]
+        text = state.text
+        if text is not None:
+            places = state.lengths.unsqueeze(1) + 1 + torch.arange(emitted.shape[1], device=emitted.device)
+            text = text.scatter(1, places, emitted)  # what stands behind the new root is overwritten later
+        record = torch.cat([count.unsqueeze(1), emitted, path, candidates.tokens], dim=1)
+        return State(root, hidden, state.lengths + count, text), record
+
+    def compile(self) -> float | None:
+        """Compile the step for this machine; return the seconds it took.
+
+        Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
+        """
+        self.run, seconds, self.why_eager = compile_step(self)
+        self.fixed_span = None if seconds is None else self.capacity
+        return seconds
+
+    @torch.no_grad()
+    def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> Iterator[list[Step | None]]:
+        """Yield what each forward pass did to each text, until all have ``max_new_tokens``.
+
+        None stands for a text that has ended. The caller ends one earlier with :meth:`retire`.
+        """
+        if not 0 < len(prompts) <= self.slots:
+            raise InputError(f"there are {len(prompts)} prompts, the decoder has {self.slots} slot(s)")
+        budgets = [check_request(self, prompt, max_new_tokens) for prompt in prompts]
+        self.going = [True] * len(prompts)
+        state = self.start(prompts)
+        yield [Step([], [], [token]) for token in state.root.tolist()]
+        read, left = [len(prompt) for prompt in prompts], [budget - 1 for budget in budgets]
+        while any(going := [a and b > 0 for a, b in zip(self.going, left, strict=True)]):
+            if not all(going):  # a text that has ended stays in its slot and is decoded into the void
+                state = state._replace(lengths=state.lengths * torch.tensor(going, device=state.lengths.device))
+            longest = max(length for length, on in zip(read, going, strict=True) if on)
+            state, record = self.run(state, self.fixed_span or longest + self.draft.size)
+            steps = [self.read(row) if on else None for row, on in zip(record.tolist(), going, strict=True)]
+            for i, step in enumerate(steps):
+                if step:
+                    read[i] += len(step.emitted)
+                    step.emitted = step.emitted[: left[i]]
+                    left[i] -= len(step.emitted)
+            yield steps
+
+    def start(self, prompts: list[torch.Tensor]) -> State:
+        """Read the prompts: where the texts stand before the first step."""
+        state = self.verifier.read_prompts(prompts)
+        if not self.draft.reads_text:
+            return state
+        text = torch.zeros(len(prompts), self.capacity, dtype=torch.long, device=state.root.device)
+        for line, prompt in enumerate(prompts):
+            text[line, : len(prompt)] = prompt
+        return state._replace(text=text.scatter(1, state.lengths.unsqueeze(1), state.root.unsqueeze(1)))
+
+    def retire(self, text: int) -> None:
+        """End a text: its slot does no harm from now on."""
+        self.going[text] = False
+
+    def read(self, record: list[int]) -> Step:
+        """One row of a step's record, read by the host."""
+        count, places = record[0], self.draft.depth + 1
+        emitted, path, tokens = record[1 : 1 + places], record[1 + places : 1 + 2 * places], record[1 + 2 * places :]
+        return Step(tokens, path[:count], emitted[:count])
+
+    def generate(
+        self,
+        prompts: list[torch.Tensor],
+        max_new_tokens: int = 256,
+        eos_token_id: int | Iterable[int] | None = None,
+        streamer=None,
+        stop_strings: list[str] | None = None,
+        tokenizer=None,
+    ) -> list[Generation]:
+        """Decode several prompts (each ``[T]``) at once, each to its own end.
+
+        Args:
+            max_new_tokens: an upper limit, lowered to what is left of the model's context.
+            eos_token_id: one or several ids that end a text, kept as its last token; by default the
+                model's generation config.
+            streamer: a transformers streamer (one prompt only), fed with every pass's tokens.
+            stop_strings: texts that end an answer, kept up to the token that completes one; needs
+                ``tokenizer``.
+
+        Raises:
+            InputError: a prompt is empty or fills the context or the decoder's capacity.
+        """
+        if streamer is not None and len(prompts) != 1:
+            raise InputError(f"a streamer shows one text, there are {len(prompts)} prompts; decode them one by one")
+        if stop_strings and tokenizer is None:
+            raise InputError("stop_strings are compared with text; pass the tokenizer, too")
+        ends = eos_ids(self.model, eos_token_id)
+        results = [Generation(prompt.unsqueeze(0), len(prompt)) for prompt in prompts]
+        texts: list[list[int]] = [[] for _ in prompts]
+        if streamer is not None:
+            streamer.put(prompts[0].cpu())
+        for steps in self.decode(prompts, max_new_tokens):
+            for i, step in enumerate(steps):
+                if step is None:
+                    continue
+                step.emitted, stopped = cut_at_end(step.emitted, ends)
+                if stop_strings:
+                    step.emitted, found = cut_at_string(texts[i], step.emitted, stop_strings, tokenizer)
+                    stopped = "stop string" if found else stopped
+                texts[i] += step.emitted
+                results[i].steps.append(step)
+                if streamer is not None:
+                    streamer.put(torch.tensor(step.emitted))
+                if stopped:
+                    results[i].stopped_by = stopped
+                    self.retire(i)
+        if streamer is not None:
+            streamer.end()
+        for result, text in zip(results, texts, strict=True):
+            result.sequences = torch.cat([result.sequences, result.sequences.new_tensor([text])], dim=1)
+        return results
+
+
+def longest_right_path(candidates: Candidates, said: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The longest path of guesses that are what the base model says at their parent.
+
+    A node is reached if it and all nodes above it are right; the deepest one that is reached ends the path.
+
+    Args:
+        candidates: trees of B texts.
+        said: ``[B, N]``, the base model's token after each node.
+        depth: the depth a tree can have.
+
+    Returns:
+        The path ``[B, depth + 1]`` as node numbers from the root on, and how many of them count ``[B]``.
+    """
+    right = candidates.tokens == said.gather(1, candidates.parents)
+    right = right | (candidates.depths == 0)  # the root is certain
+    reached = (right.unsqueeze(1) | ~candidates.ancestors).all(2)  # [B, N]
+    deepest = torch.where(reached, candidates.depths, -1)
+    end = deepest.argmax(1, keepdim=True)  # [B, 1]
+    row = candidates.ancestors.gather(1, end.unsqueeze(2).expand(-1, -1, said.shape[1]))  # [B, 1, N]
+    levels = torch.arange(depth + 1, device=said.device).view(1, -1, 1)
+    path = (row & (candidates.depths.unsqueeze(1) == levels)).int().argmax(2)
+    return path, deepest.gather(1, end)[:, 0] + 1
+
+
 def medusa_generate(
     model,
     heads: MedusaHeads | None,
@@ -57,180 +247,43 @@ def medusa_generate(
     tree: Tree,
     max_new_tokens: int = 256,
     eos_token_id: int | Iterable[int] | None = None,
+    **options,
 ) -> Generation:
-    """Greedy decoding in fewer passes: the same text as :func:`greedy_generate`.
+    """Greedy decoding of one prompt ``[1, T]`` in fewer passes: the same text as :func:`greedy_generate`.
 
-    Args:
-        model: a decoder-only transformers model that takes a 4-D attention mask.
-        heads: Medusa heads of this model; None only with a tree that is just a root.
-        input_ids: ``[1, T]``.
-        tree: the candidate tree; at most as deep as there are heads.
-        max_new_tokens: an upper limit, lowered to what is left of the model's context.
-        eos_token_id: one or several ids that end the text, kept as its last token; by default the
-            model's generation config.
-
-    Raises:
-        InputError: the prompt is empty, batched or fills the context, or the tree does not fit.
+    Makes a :class:`Decoder` for this one prompt; ``options`` are those of :meth:`Decoder.generate`. To decode
+    many prompts, several at once, or compiled, make a :class:`Decoder` and keep it.
     """
-    result = Generation(input_ids, input_ids.shape[-1])
-    for step in decode(model, heads, input_ids, tree, max_new_tokens):
-        result.steps.append(step)
-        step.emitted, stopped = cut_at_end(step.emitted, eos_ids(model, eos_token_id))
-        if stopped:
-            result.stopped_by = "eos"
-            break
-    emitted = [token for step in result.steps for token in step.emitted]
-    result.sequences = torch.cat([input_ids, input_ids.new_tensor([emitted])], dim=1)
-    return result
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise InputError(f"input_ids has the shape {tuple(input_ids.shape)}; one non-empty prompt [1, T] is expected")
+    capacity = input_ids.shape[1] + max(0, max_new_tokens) + len(tree)
+    decoder = Decoder(model, heads, tree, capacity=capacity)
+    return decoder.generate([input_ids[0]], max_new_tokens, eos_token_id, **options)[0]
 
 
-def greedy_generate(model, input_ids, max_new_tokens: int = 256, eos_token_id=None) -> Generation:
+def greedy_generate(model, input_ids, max_new_tokens: int = 256, eos_token_id=None, **options) -> Generation:
     """Plain greedy decoding: the same loop with nothing guessed, one token per pass."""
     return medusa_generate(
-        model, None, input_ids, tree=ROOT_ONLY, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id
+        model, None, input_ids, tree=ROOT_ONLY, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options
     )
 
 
-@torch.inference_mode()
-def decode(
-    model, heads: MedusaHeads | None, input_ids: torch.Tensor, tree: Tree, max_new_tokens: int
-) -> Iterator[Step]:
-    """Yield one :class:`Step` per forward pass until ``max_new_tokens`` are emitted.
-
-    The caller stops earlier if it likes, for instance at an end-of-text token.
-    """
-    budget = check_request(model, heads, input_ids, tree, max_new_tokens)
-    verifier = Verifier(model, tree, capacity=input_ids.shape[1] + budget + len(tree))
-    root, hidden = verifier.read_prompt(input_ids)
-    yield Step([], [], [root])
-    budget -= 1
-    while budget > 0:
-        candidates = guess(heads, hidden, root, tree)  # [N]
-        predictions, states = verifier.check(candidates)  # [N], [N, D]
-        tokens, said = torch.stack([candidates, predictions]).tolist()  # the step's one read by the host
-        path = longest_right_path(tree, tokens, said)
-        verifier.keep(path)
-        root, hidden = said[path[-1]], states[path[-1]]
-        emitted = [tokens[node] for node in path[1:]] + [root]
-        yield Step(tokens, path, emitted[:budget])
-        budget -= len(emitted)
-
-
-def guess(heads: MedusaHeads | None, hidden: torch.Tensor, root: int, tree: Tree) -> torch.Tensor:
-    """The tree's N candidate tokens: the root, then each node's guess by its head and rank.
-
-    ``hidden`` ``[D]`` is the state that produced the root, so head 0 guesses the token after it.
-    """
-    first = torch.tensor([root], device=hidden.device)
-    if len(tree) == 1:
-        return first
-    top = heads(hidden, tree.depth).topk(tree.width, dim=-1).indices  # [depth, width]
-    return torch.cat([first, top.flatten()[tree.guess_index.to(hidden.device)]])
-
-
-def longest_right_path(tree: Tree, tokens: list[int], said: list[int]) -> list[int]:
-    """Walk from the root along guesses that are what the base model says at their parent.
-
-    ``tokens[i]`` is node i's token, ``said[i]`` the base model's next token after node i. The guesses
-    under one parent are different tokens, so at most one of them is right.
-    """
-    path = [0]
-    while right := [child for child in tree.children[path[-1]] if tokens[child] == said[path[-1]]]:
-        path.append(right[0])
-    return path
-
-
-class Verifier:
-    """The base model's side of a step: one pass over all candidates, each seeing its own path only.
-
-    Tree attention needs no change to the model: a 4-D mask lets every candidate see the text and its
-    ancestors, and its position is that of the root plus its depth.
-    """
-
-    def __init__(self, model, tree: Tree, capacity: int):
-        self.backbone, self.lm_head = model.base_model, model.get_output_embeddings()
-        self.cache = BufferCache(capacity)
-        self.length = 0  # tokens whose keys and values are final
-        device, dtype = self.lm_head.weight.device, model.dtype
-        self.depths = tree.depths().to(device)
-        self.last_position = (context_length(model) or capacity) - 1
-        self.masks = TreeMasks(model.config.get_text_config(), tree, capacity, device, dtype)
-
-    def read_prompt(self, input_ids: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Read the prompt; return the token the model says next and the state ``[D]`` it said it from."""
-        hidden = self.backbone(input_ids=input_ids, past_key_values=self.cache, use_cache=True).last_hidden_state[0, -1]
-        self.length = input_ids.shape[1]
-        return self.lm_head(hidden).argmax(-1).item(), hidden
-
-    def check(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[N]`` candidates -> ``[N]`` what the base model says after each, ``[N, D]`` its states."""
-        positions = (self.depths + self.length).clamp(max=self.last_position)
-        hidden = self.backbone(
-            input_ids=candidates.unsqueeze(0),
-            attention_mask=self.masks.at(self.length),
-            position_ids=positions.unsqueeze(0),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-        return self.lm_head(hidden).argmax(-1), hidden
-
-    def keep(self, path: list[int]) -> None:
-        """Make the accepted path part of the text and forget all other candidates."""
-        self.cache.keep(self.length, path)
-        self.length += len(path)
-
-
-class TreeMasks:
-    """Additive 4-D attention masks ``[1, 1, N, past + N]``: 0 where a candidate may look, else -inf.
-
-    The mask of every text length is a slice of one buffer: zeros, and the tree's own mask at its right
-    end. Layers with a sliding window see only that many tokens, so they get a mask of their own.
-    """
-
-    def __init__(self, config, tree: Tree, capacity: int, device, dtype):
-        size = len(tree)
-        self.capacity, self.dtype = capacity, dtype
-        forbidden = torch.zeros(size, size, dtype=dtype).masked_fill(~tree.mask(), torch.finfo(dtype).min)
-        self.buffer = torch.zeros(1, 1, size, capacity + size, dtype=dtype, device=device)
-        self.buffer[..., capacity:] = forbidden.to(device)
-        self.window = getattr(config, "sliding_window", None)
-        self.layer_types = set(getattr(config, "layer_types", None) or [])
-        if self.window and self.layer_types == {"full_attention"} or self.window is None:
-            self.window = None
-        self.depths = tree.depths().to(device)
-
-    def at(self, past: int):
-        """What the model's ``attention_mask`` takes when ``past`` tokens are in the cache."""
-        full = self.buffer[..., self.capacity - past :]
-        if self.window is None:
-            return full if full.shape[-2] > 1 else None
-        columns = torch.arange(past, device=full.device)
-        hidden = columns <= (past + self.depths.unsqueeze(1) - self.window)  # [N, past]
-        windowed = full.clone()
-        windowed[..., :past].masked_fill_(hidden, torch.finfo(self.dtype).min)
-        if self.layer_types:
-            return {"full_attention": full, "sliding_attention": windowed}
-        return windowed
-
-
-def check_request(model, heads, input_ids: torch.Tensor, tree: Tree, max_new_tokens: int) -> int:
+def check_request(decoder: Decoder, prompt: torch.Tensor, max_new_tokens: int) -> int:
     """Refuse what cannot be decoded; return how many new tokens fit into the model's context."""
-    refuse_unsuitable(model.config, model.config._name_or_path or type(model).__name__, type(model))
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise InputError(f"input_ids has the shape {tuple(input_ids.shape)}; one non-empty prompt [1, T] is expected")
+    if prompt.ndim != 1 or len(prompt) == 0:
+        raise InputError(f"a prompt has the shape {tuple(prompt.shape)}; a non-empty one [T] is expected")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}; ask for at least one token")
-    available = 0 if heads is None else heads.num_heads
-    if tree.depth > available:
+    limit = context_length(decoder.model)
+    if limit is not None and len(prompt) >= limit:
+        raise InputError(f"the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten the prompt")
+    budget = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    if len(prompt) + budget + decoder.draft.size > decoder.capacity:
         raise InputError(
-            f"the tree is {tree.depth} guesses deep, but there are {available} heads; prune it to that depth"
+            f"{len(prompt)} prompt tokens, {budget} new ones and a tree of {decoder.draft.size} do not fit into the "
+            f"decoder's capacity of {decoder.capacity}; make one with more"
         )
-    limit = context_length(model)
-    if limit is not None and input_ids.shape[1] >= limit:
-        raise InputError(
-            f"the prompt has {input_ids.shape[1]} tokens, the model's context is {limit}; shorten the prompt"
-        )
-    return max_new_tokens if limit is None else min(max_new_tokens, limit - input_ids.shape[1])
+    return budget
 
 
 def eos_ids(model, eos_token_id) -> set[int]:
@@ -241,9 +294,20 @@ def eos_ids(model, eos_token_id) -> set[int]:
     return {ids} if isinstance(ids, int) else set(ids)
 
 
-def cut_at_end(emitted: list[int], ends: set[int]) -> tuple[list[int], bool]:
-    """Drop what an accepted run holds after an end token; say whether there was one."""
+def cut_at_end(emitted: list[int], ends: set[int]) -> tuple[list[int], str]:
+    """Drop what an accepted run holds after an end token; ``"eos"`` if there was one, else empty."""
     for i, token in enumerate(emitted):
         if token in ends:
+            return emitted[: i + 1], "eos"
+    return emitted, ""
+
+
+def cut_at_string(text: list[int], emitted: list[int], stops: list[str], tokenizer) -> tuple[list[int], bool]:
+    """Drop what follows the token that completes a stop string; say whether there was one."""
+    tail = text[-max(map(len, stops)) :]  # a stop string spans at most as many tokens as it has characters
+    before = len(tokenizer.decode(tail))
+    for i in range(len(emitted)):
+        written = tokenizer.decode(tail + emitted[: i + 1])
+        if any(written.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stops):
             return emitted[: i + 1], True
     return emitted, False

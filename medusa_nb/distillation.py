@@ -1,14 +1,14 @@
 """Self-distillation: the base model answers the prompts itself, and the heads learn from that.
 
 Answers are written as they come, one JSON line a conversation. A run that was killed continues by
-id and loses at most the batch in flight.
+id and loses at most the conversations in flight.
 """
 
 import json
 import os
 import time
-import zlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,15 +16,17 @@ import torch
 from datasets import Dataset
 
 from medusa_nb.base_model import context_length, eos_token_ids, require_chat_template
+from medusa_nb.batching import Request, answer_all
 from medusa_nb.errors import InputError
 from medusa_nb.heads import portable_name
-from medusa_nb.kv_cache import BufferCache
 from medusa_nb.progress import progress
+
+SYNC_SECONDS = 2.0  # a killed process loses nothing it has written, a power cut at most this much
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """How answers are made. ``temperature`` 0 is greedy decoding; ``max_new_tokens`` counts per turn."""
+    """How answers are made: ``max_new_tokens`` per turn, ``temperature`` 0 is greedy, ``batch_size`` texts at once."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -56,33 +58,57 @@ def distil(model, tokenizer, prompts: Dataset, file: str | Path, settings: Disti
     done = {row["id"] for row in read_lines(file, repair=True)}
     dropped_file = file.with_name(file.name + ".dropped")
     dropped = {row["id"]: row["reason"] for row in read_lines(dropped_file, repair=True)}
-    waiting = [Conversation(row, tokenizer) for row in prompts if row["id"] not in done and row["id"] not in dropped]
-    waiting.sort(key=lambda c: len(c.prompt_ids))
+    open_ = [Conversation(row, tokenizer) for row in prompts if row["id"] not in done and row["id"] not in dropped]
     report = dict(answered=0, resumed=len(done), dropped=Counter(dropped.values()), tokens=0, seconds=0.0)
-    started = time.perf_counter()
-    bar = progress(len(waiting), "conversation", "answering")
+    bar = progress(len(open_), "conversation", "answering")
+    started = last_sync = time.perf_counter()
     with file.open("a") as answers, dropped_file.open("a") as failures:
-        for start in range(0, len(waiting), settings.batch_size):
-            batch = waiting[start : start + settings.batch_size]
-            answer_batch(model, tokenizer, batch, settings)
-            for conversation in batch:
-                if conversation.failure:
-                    report["dropped"][conversation.failure] += 1
-                    _write(failures, dict(id=conversation.id, reason=conversation.failure))
-                else:
-                    report["answered"] += 1
-                    report["tokens"] += conversation.completion_tokens
-                    _write(answers, conversation.record())
-            for handle in (answers, failures):
-                handle.flush()
-                os.fsync(handle.fileno())
-            bar.update(len(batch))
-            report["seconds"] = time.perf_counter() - started
-            bar.set_postfix_str(f"{report['tokens'] / report['seconds']:,.0f} tokens/s")
+        for conversation in answer_conversations(model, tokenizer, open_, settings):
+            if conversation.failure:
+                report["dropped"][conversation.failure] += 1
+                _write(failures, dict(id=conversation.id, reason=conversation.failure))
+            else:
+                report["answered"] += 1
+                report["tokens"] += conversation.completion_tokens
+                _write(answers, conversation.record())
+            now = time.perf_counter()
+            report["seconds"] = now - started
+            if now - last_sync > SYNC_SECONDS:
+                _sync(answers, failures)
+                last_sync = now
+            bar.update()
+            bar.set_postfix_str(f"{report['tokens'] / report['seconds']:,.0f} tokens/s", refresh=False)
+        _sync(answers, failures)
     bar.close()
     report["tokens_per_second"] = report["tokens"] / report["seconds"] if report["tokens"] else 0.0
     report["dropped"] = dict(report["dropped"])
     return report
+
+
+def answer_conversations(model, tokenizer, conversations: list["Conversation"], settings) -> Iterator["Conversation"]:
+    """Yield conversations as all their turns are answered, or as they fail."""
+    limit, waiting = context_length(model), deque()
+
+    def ask(conversation: Conversation) -> bool:
+        if limit is not None and len(conversation.prompt_ids) + settings.max_new_tokens > limit:
+            conversation.failure = "prompt too long for the context"
+            return False
+        seed = f"{settings.seed}:{conversation.id}:{len(conversation.messages)}"
+        waiting.append(Request(conversation, conversation.prompt_ids, settings.max_new_tokens, seed))
+        return True
+
+    for conversation in sorted(conversations, key=lambda c: len(c.prompt_ids)):
+        if not ask(conversation):
+            yield conversation
+    if not waiting:
+        return
+    capacity = max(c.room(settings.max_new_tokens) for c in conversations if not c.failure)
+    capacity = capacity if limit is None else min(capacity, limit)
+    slots, eos = min(settings.batch_size, len(waiting)), eos_token_ids(model, tokenizer)
+    for request in answer_all(model, waiting, slots, capacity, eos, settings.temperature):
+        request.about.take(request.tokens, request.finished)
+        if not request.about.open or not ask(request.about):
+            yield request.about
 
 
 class Conversation:
@@ -104,6 +130,12 @@ class Conversation:
             self.messages.append(self.turns.pop(0))
         text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
         self.prompt_ids = self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def room(self, max_new_tokens: int) -> int:
+        """How many tokens the whole conversation can grow to; exact if one turn is left to answer."""
+        text = "".join(m["content"] for m in self.turns)
+        later = len(self.tokenizer(text, add_special_tokens=False).input_ids) + 32 * len(self.turns)
+        return len(self.prompt_ids) + later + max_new_tokens * (1 + len(self.turns))
 
     @property
     def open(self) -> bool:
@@ -130,100 +162,28 @@ class Conversation:
         return {name: getattr(self, name) for name in names}
 
 
-def answer_batch(model, tokenizer, batch: list[Conversation], settings: DistillationSettings) -> None:
-    """Answer all turns of a batch of conversations, all first turns together, then all second ones."""
-    limit = context_length(model)
-    while turns := [c for c in batch if c.open]:
-        for conversation in turns:
-            if limit is not None and len(conversation.prompt_ids) + settings.max_new_tokens > limit:
-                conversation.failure = "prompt too long for the context"
-        turns = [c for c in turns if c.open]
-        if not turns:
-            return
-        seed = zlib.crc32(f"{settings.seed}:{turns[0].id}:{len(turns[0].messages)}".encode())
-        answers = generate_batch(
-            model,
-            [c.prompt_ids for c in turns],
-            settings.max_new_tokens,
-            eos_token_ids(model, tokenizer),
-            settings.temperature,
-            seed,
-        )
-        for conversation, (tokens, finished) in zip(turns, answers, strict=True):
-            conversation.take(tokens, finished)
-
-
-@torch.inference_mode()
 def generate_batch(
-    model, prompts: list[list[int]], max_new_tokens: int, eos: list[int], temperature: float = 0.0, seed: int = 0
+    model, prompts: list[list[int]], max_new_tokens: int, eos: list[int], temperature: float = 0.0, slots: int = 64
 ) -> list[tuple[list[int], bool]]:
-    """Answer B prompts at once; rows that have ended leave the batch, so no work is spent on them.
-
-    Prompts are padded on the left with a masked token.
-
-    Returns:
-        For each prompt its new tokens, without the end token, and whether there was one.
-    """
-    device, lm_head = model.get_output_embeddings().weight.device, model.get_output_embeddings()
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width + max_new_tokens, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = True
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    cache = BufferCache(width + max_new_tokens)
-    generator = torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor(eos, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch answers
-    answers: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    for count in range(max_new_tokens):
-        hidden = model.base_model(
-            input_ids=ids,
-            attention_mask=mask[:, : width + count],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        tokens = choose(lm_head(hidden), temperature, generator)
-        going = ~torch.isin(tokens, ends)
-        for row, token, goes_on in zip(rows.tolist(), tokens.tolist(), going.tolist(), strict=True):
-            if goes_on:
-                answers[row].append(token)
-            else:
-                finished[row] = True
-        positions = positions[:, -1:] + 1
-        if not going.all():
-            order = close_gaps(going)
-            if not len(order):
-                break
-            tokens, rows, mask, positions = tokens[order], rows[order], mask[order], positions[order]
-            cache.select_rows(order)
-        ids = tokens.unsqueeze(1)
-    return list(zip(answers, finished, strict=True))
+    """Answer prompts, ``slots`` at a time: the new tokens of each, without the end token, and whether it had one."""
+    requests = [Request(i, ids, max_new_tokens, seed=str(i)) for i, ids in enumerate(prompts)]
+    capacity = max(map(len, prompts)) + max_new_tokens
+    waiting = deque(sorted(requests, key=lambda request: len(request.prompt)))
+    for _ in answer_all(model, waiting, min(slots, len(prompts)), capacity, eos, temperature):
+        pass
+    return [(request.tokens, request.finished) for request in requests]
 
 
-def close_gaps(going: torch.Tensor) -> torch.Tensor:
-    """Numbers of the rows that go on, the last ones moved into the places of those that ended."""
-    order = torch.arange(int(going.sum()), device=going.device)
-    order[~going[: len(order)]] = going[len(order) :].nonzero()[:, 0] + len(order)
-    return order
+def is_loop(tokens: list[int]) -> bool:
+    """True if an answer runs into a repetition loop, see :func:`loop_period`."""
+    return loop_period(tokens) is not None
 
 
-def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """``[B, V]`` -> ``[B]``: the best token, or at a temperature above 0 a sampled one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+def loop_period(tokens: list[int], min_tokens: int = 30, max_period: int = 64) -> int | None:
+    """The length p <= ``max_period`` of a block that an answer repeats, None if it runs into no loop.
 
-
-def is_loop(tokens: list[int], min_tokens: int = 30, max_period: int = 64) -> bool:
-    """True if an answer runs into a repetition loop.
-
-    That is: somewhere a block of p <= ``max_period`` tokens stands at least three times in a row, and
-    the repetitions after the first cover at least ``min_tokens`` tokens.
+    A loop is a block that stands at least three times in a row somewhere, where the repetitions after the
+    first cover at least ``min_tokens`` tokens.
     """
     ids = torch.tensor(tokens)
     for period in range(1, min(max_period, len(tokens) // 2) + 1):
@@ -232,8 +192,8 @@ def is_loop(tokens: list[int], min_tokens: int = 30, max_period: int = 64) -> bo
         count = torch.cumsum(same, 0)
         run = count - torch.where(same == 0, count, 0).cummax(0).values
         if run.max() >= max(min_tokens, 2 * period):
-            return True
-    return False
+            return period
+    return None
 
 
 def read_lines(file: str | Path, repair: bool = False) -> list[dict]:
@@ -290,3 +250,9 @@ def _claim(file: Path, settings: dict) -> None:
 
 def _write(handle, record: dict) -> None:
     handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+    handle.flush()
+
+
+def _sync(*handles) -> None:
+    for handle in handles:
+        os.fsync(handle.fileno())

@@ -30,13 +30,25 @@ class MedusaHeads(nn.Module):
         hidden_size, num_heads, num_layers: D, K and the number of residual blocks.
         own_projection: give each head its own ``[V, D]`` projection, a copy of lm_head at the start
             (the original format's version 1), instead of sharing lm_head (version 2).
+        embedding: the base model's frozen input embedding ``[V, D]``. If given, the heads see the root: when
+            they guess, the base model's own next token is already certain, so one more residual block per
+            head reads that token's embedding, too (a first step towards Hydra, arXiv 2402.05109, whose heads
+            also see each other's guesses). No server's format holds this block.
     """
 
-    def __init__(self, lm_head: nn.Module, hidden_size: int, num_heads=4, num_layers=1, own_projection=False):
+    def __init__(
+        self,
+        lm_head: nn.Module,
+        hidden_size: int,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        own_projection: bool = False,
+        embedding: nn.Module | None = None,
+    ):
         super().__init__()
         if num_heads < 1 or num_layers < 0:
             raise InputError(f"num_heads={num_heads} and num_layers={num_layers}: at least one head is needed")
-        self.shared = (lm_head,)  # in a tuple, so that it is neither saved nor trained with the heads
+        self.shared = (lm_head, embedding)  # in a tuple, so that they are neither saved nor trained with the heads
         like = lm_head.weight
         shape = (num_heads, num_layers, hidden_size)
         self.weight = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=like.dtype, device=like.device))
@@ -44,13 +56,21 @@ class MedusaHeads(nn.Module):
         self.projection = None
         if own_projection:
             self.projection = nn.Parameter(like.detach().expand(num_heads, *like.shape).clone())
+        self.root_weight = self.root_bias = None
+        if embedding is not None:
+            wide = hidden_size + embedding.weight.shape[1]
+            self.root_weight = nn.Parameter(like.new_zeros(num_heads, hidden_size, wide))
+            self.root_bias = nn.Parameter(like.new_zeros(num_heads, hidden_size))
         self.base_name = ""
 
     @classmethod
-    def for_model(cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False):
+    def for_model(
+        cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False, see_root: bool = False
+    ):
         """Fresh heads that fit a base model: its hidden size, vocabulary, device and dtype."""
         lm_head = model.get_output_embeddings()
-        heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection)
+        embedding = model.get_input_embeddings() if see_root else None
+        heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection, embedding)
         heads.base_name = model.config._name_or_path
         return heads
 
@@ -62,13 +82,28 @@ class MedusaHeads(nn.Module):
     def num_layers(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, hidden: torch.Tensor, count: int | None = None) -> torch.Tensor:
-        """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``."""
+    @property
+    def sees_root(self) -> bool:
+        """Whether the heads read the root's embedding, too."""
+        return self.root_weight is not None
+
+    def forward(self, hidden: torch.Tensor, count: int | None = None, root: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``.
+
+        ``root``: token ids ``[...]`` that the base model says from these states; needed by heads that see
+        the root, ignored by others.
+        """
         count = self.num_heads if count is None else count
         x = hidden.reshape(1, -1, hidden.shape[-1]).expand(count, -1, -1)  # [K, rows, D]
         for layer in range(self.num_layers):
             weight, bias = self.weight[:count, layer], self.bias[:count, layer]
             x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
+        if self.sees_root:
+            if root is None:
+                raise InputError("these heads see the root; pass the tokens that the base model says from the states")
+            said = self.shared[1](root.reshape(1, -1)).to(x.dtype).expand(count, -1, -1)
+            weight, bias = self.root_weight[:count].transpose(1, 2), self.root_bias[:count]
+            x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), torch.cat([x, said], dim=2), weight))
         if self.projection is None:
             logits = self.shared[0](x)
         else:
@@ -86,6 +121,8 @@ class MedusaHeads(nn.Module):
                 tensors[f"{k}.{layer}.linear.bias"] = self.bias[k, layer]
             if self.projection is not None:
                 tensors[f"{k}.{self.num_layers}.weight"] = self.projection[k]
+            if self.sees_root:
+                tensors |= {f"{k}.root.weight": self.root_weight[k], f"{k}.root.bias": self.root_bias[k]}
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, folder / WEIGHTS)
         config = dict(
             medusa_num_heads=self.num_heads,
@@ -95,6 +132,8 @@ class MedusaHeads(nn.Module):
             base_model_name_or_path=portable_name(self.base_name),
             version="2" if self.projection is None else "1",
         )
+        if self.sees_root:
+            config["sees_root"] = True  # no server knows it, so no server takes these heads for plain ones
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -109,19 +148,24 @@ class MedusaHeads(nn.Module):
         config, tensors = _read_files(folder)
         count, layers = config["medusa_num_heads"], config["medusa_num_layers"]
         own = f"0.{layers}.weight" in tensors
-        heads = cls.for_model(model, count, layers, own)
+        heads = cls.for_model(model, count, layers, own, config.get("sees_root", False))
         _refuse_other_base(folder, config, tensors, heads)
         expected = {
             f"{k}.{i}.linear.{part}" for k in range(count) for i in range(layers) for part in ("weight", "bias")
         }
         expected |= {f"{k}.{layers}.weight" for k in range(count)} if own else set()
+        if heads.sees_root:
+            expected |= {f"{k}.root.{part}" for k in range(count) for part in ("weight", "bias")}
         if missing := sorted(expected - tensors.keys()):
             raise InputError(f"{folder / WEIGHTS} lacks {', '.join(missing)}; save the heads again")
         if extra := sorted(tensors.keys() - expected):
             raise InputError(f"{folder / WEIGHTS} holds {', '.join(extra)}, which {CONFIG} does not mention")
         wanted = {"weight": heads.weight.shape[2:], "bias": heads.bias.shape[2:]}
         for name, tensor in tensors.items():
-            shape = wanted[name.split(".")[-1]] if ".linear." in name else heads.projection.shape[1:]
+            shape = wanted[name.split(".")[-1]] if ".linear." in name else None
+            if ".root." in name:
+                shape = getattr(heads, "root_" + name.split(".")[-1]).shape[1:]
+            shape = heads.projection.shape[1:] if shape is None else shape
             if tensor.shape != shape:
                 raise InputError(
                     f"{folder / WEIGHTS}: {name} has the shape {list(tensor.shape)}, {list(shape)} is needed"
@@ -133,6 +177,9 @@ class MedusaHeads(nn.Module):
                     heads.bias[k, i].copy_(tensors[f"{k}.{i}.linear.bias"])
                 if own:
                     heads.projection[k].copy_(tensors[f"{k}.{layers}.weight"])
+                if heads.sees_root:
+                    heads.root_weight[k].copy_(tensors[f"{k}.root.weight"])
+                    heads.root_bias[k].copy_(tensors[f"{k}.root.bias"])
         return heads.requires_grad_(False).eval()
 
 

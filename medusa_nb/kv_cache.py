@@ -1,9 +1,11 @@
-"""A key-value buffer whose rejected rows can be removed.
+"""A key-value buffer with one slot per text, whose rejected rows can be removed.
 
 Guesses are written behind the accepted text; after verification the rows of the accepted path move
-together and the rest is forgotten. It plugs into transformers' own ``Cache``, so no model changes.
+together and whatever stands behind them is overwritten later. Every text has its own length, so several
+texts can grow side by side at their own pace. It plugs into transformers' own ``Cache``: no model changes.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,73 +13,93 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
-class BufferLayer(CacheLayerMixin):
-    """Keys and values of one layer in a buffer ``[B, heads, capacity, head_dim]``, ``length`` rows used."""
+@dataclass
+class Place:
+    """Where the next keys and values go, and what attention reads; the same for all layers.
 
-    is_compileable = False
+    ``rows`` ``[B * T]`` are row numbers of the flattened buffer; ``span`` is how many rows of each of the
+    first ``texts`` slots are read, 0 while prompts are read, which see themselves only.
+    """
+
+    slots: int
+    capacity: int
+    rows: torch.Tensor | None = None
+    texts: int = 0
+    span: int = 0
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: ``[slots * capacity, heads, head_dim]``."""
+
+    is_compileable = False  # we compile the step ourselves; transformers need not prepare for it
     is_sliding = False
 
-    def __init__(self, capacity: int):
+    def __init__(self, place: Place):
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.place = place
 
     def lazy_initialization(self, key_states, value_states):
-        batch, heads, _, _ = key_states.shape
+        rows = self.place.slots * self.place.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(batch, heads, self.capacity, key_states.shape[-1])
-        self.values = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
+        # zeros, because a masked row still takes part in the arithmetic and must not be NaN
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write the new rows behind the used ones; return all used rows, without copying them."""
+        """Write ``[B, heads, T, head_dim]`` at the current place; return what attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        self.keys.index_copy_(0, self.place.rows, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.index_copy_(0, self.place.rows, value_states.transpose(1, 2).flatten(0, 1))
+        if self.place.span == 0:
+            return key_states, value_states
+        return self._read(self.keys), self._read(self.values)
 
-    def keep(self, start: int, rows: torch.Tensor | None, count: int) -> None:
-        """After ``start``, keep ``rows`` (numbers from ``start``; None: the first ``count``)."""
-        end = start + count
-        if rows is not None:
-            self.keys[:, :, start:end] = self.keys[:, :, start + rows]
-            self.values[:, :, start:end] = self.values[:, :, start + rows]
-        self.length = end
+    def _read(self, buffer: torch.Tensor) -> torch.Tensor:
+        slots = buffer.unflatten(0, (self.place.slots, self.place.capacity))
+        return slots[: self.place.texts, : self.place.span].transpose(1, 2)
 
-    def select_rows(self, order: torch.Tensor) -> None:
-        """Make row i of the batch what row ``order[i]`` was; only rows that move are copied."""
-        moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
-        if len(moved):
-            for buffer in (self.keys, self.values):
-                buffer[moved, :, : self.length] = buffer[order[moved], :, : self.length]
-        self.keys, self.values = self.keys[: len(order)], self.values[: len(order)]
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows ``source`` to rows ``target``."""
+        self.keys.index_copy_(0, target, self.keys[source])
+        self.values.index_copy_(0, target, self.values[source])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return 0
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.place.capacity
 
 
-class BufferCache(Cache):
-    """A ``transformers.Cache`` of :class:`BufferLayer`, with room for ``capacity`` tokens."""
+class SlotCache(Cache):
+    """A ``transformers.Cache`` for ``slots`` texts of at most ``capacity`` tokens each."""
 
-    def __init__(self, capacity: int):
-        super().__init__(layer_class_to_replicate=partial(BufferLayer, capacity))
+    def __init__(self, slots: int, capacity: int):
+        self.place = Place(slots, capacity)
+        super().__init__(layer_class_to_replicate=partial(SlotLayer, self.place))
 
-    def keep(self, start: int, path: list[int]) -> None:
-        """Of the rows written since ``start``, keep those of ``path``, in its order."""
-        contiguous = path == list(range(len(path)))
-        rows = None if contiguous else torch.tensor(path, device=self.layers[0].device)
+    def write_at(self, slots: torch.Tensor, starts: torch.Tensor, count: int, span: int) -> None:
+        """Let the next pass write ``count`` rows from ``starts`` ``[B]`` in ``slots`` ``[B]`` and read ``span``."""
+        rows = self.rows(slots, starts, torch.arange(count, device=starts.device))
+        self.place.rows, self.place.texts, self.place.span = rows.flatten(), len(slots), span
+
+    def rows(self, slots: torch.Tensor, starts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` numbers in the flattened buffer: ``starts`` ``[B]`` plus ``offsets`` ``[T]`` or ``[B, T]``."""
+        return (slots * self.place.capacity + starts).unsqueeze(1) + offsets
+
+    def keep(self, slots: torch.Tensor, starts: torch.Tensor, path: torch.Tensor) -> None:
+        """Of the rows written from ``starts`` on, move those of ``path`` ``[B, P]`` together, in its order."""
+        source = self.rows(slots, starts, path).flatten()
+        target = self.rows(slots, starts, torch.arange(path.shape[1], device=path.device)).flatten()
         for layer in self.layers:
-            layer.keep(start, rows, len(path))
+            layer.move(source, target)
 
-    def select_rows(self, order: torch.Tensor) -> None:
-        """Keep the rows of the batch that ``order`` numbers, in its order."""
+    def move_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` rows of one slot to another."""
+        offsets = torch.arange(length, device=self.layers[0].device)
         for layer in self.layers:
-            layer.select_rows(order)
+            layer.move(offsets + source * self.place.capacity, offsets + target * self.place.capacity)

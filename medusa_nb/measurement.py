@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,15 +14,16 @@ import psutil
 import torch
 
 from medusa_nb.base_model import context_length, suitable_device
-from medusa_nb.decoding import Generation, Step, Verifier, greedy_generate, guess, medusa_generate
+from medusa_nb.decoding import Decoder, Generation, Step
 from medusa_nb.distillation import is_loop
+from medusa_nb.drafting import State, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import progress
-from medusa_nb.tree import Tree
+from medusa_nb.tree import ROOT_ONLY, Tree, build_tree, expected_tokens
 
 WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
-Decoder = Callable[[torch.Tensor], Generation]
+Decode = Callable[[torch.Tensor], Generation]
 
 
 def synchronize() -> None:
@@ -30,49 +32,74 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-@torch.inference_mode()
-def measure_latency(model, widths=WIDTHS, past: int = 200, repeats: int = 25) -> dict[int, float]:
-    """t(n): median seconds of one verify pass over n tokens behind ``past`` cached ones.
+class BlindDraft(TreeDraft):
+    """Fills a tree with arbitrary tokens, at no cost: for timing what a step costs besides guessing."""
 
-    The pass is the decoder's own: tree mask, lm_head and arg-max included. The widths take turns, so
-    that a slow moment of the machine hits all of them.
+    def __init__(self, size: int, vocabulary: int, device):
+        super().__init__(None, ROOT_ONLY, device)
+        self.size, self.depth = size, min(1, size - 1)
+        star = Tree(((), *((rank,) for rank in range(size - 1))))
+        self.parents = torch.zeros(size, dtype=torch.long, device=device)
+        self.depths, self.ancestors = star.depths().to(device), star.mask().to(device)
+        self.offsets, self.vocabulary = torch.arange(size, device=device), vocabulary
+
+    def fill(self, state: State) -> torch.Tensor:
+        return (state.root.unsqueeze(1) + self.offsets) % self.vocabulary
+
+
+def measure_latency(model, widths=WIDTHS, past: int = 200, repeats: int = 25) -> dict[int, float]:
+    """t(n): median seconds of one eager step with n candidates behind ``past`` cached tokens, guessing left out.
+
+    The widths take turns, so that a slow moment of the machine hits all of them.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    device = model.get_output_embeddings().weight.device
     limit = context_length(model) or past + max(widths)
     past = max(1, min(past, limit - max(widths)))
-    prompt = torch.randint(vocabulary, (1, past), device=device)
-    passes = {}
+    decoders = {}
     for n in widths:
-        star = Tree(((), *((rank,) for rank in range(n - 1))))
-        verifier = Verifier(model, star, past + n)
-        verifier.read_prompt(prompt)
-        passes[n] = (verifier, torch.randint(vocabulary, (n,), device=device))
-    seconds: dict[int, list[float]] = {n: [] for n in widths}
-    for repeat in range(repeats + 2):
-        for n, (verifier, candidates) in passes.items():
-            synchronize()
-            started = time.perf_counter()
-            verifier.check(candidates)
-            synchronize()
-            if repeat >= 2:  # the first two rounds warm up
-                seconds[n].append(time.perf_counter() - started)
-            verifier.keep([])
+        draft = BlindDraft(n, vocabulary, model.get_output_embeddings().weight.device)
+        decoders[n] = Decoder(model, capacity=past + n, draft=draft)
+    return time_steps(decoders, past, repeats)
+
+
+@torch.no_grad()
+def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> dict[int, float]:
+    """Median seconds of one step of each decoder behind ``past`` tokens, the host's read included.
+
+    Decoders take turns in runs of five steps; the first of each run warms the caches and is not counted.
+    """
+    seconds: dict[int, list[float]] = {n: [] for n in decoders}
+    states = {}
+    for n, decoder in decoders.items():
+        vocabulary = decoder.verifier.lm_head.weight.shape[0]
+        prompt = torch.arange(past, device=decoder.verifier.device) % vocabulary
+        states[n] = decoder.start([prompt])
+    for _ in range(-(-repeats // 4)):
+        for n, decoder in decoders.items():
+            for run in range(5):
+                synchronize()
+                started = time.perf_counter()
+                _, record = decoder.run(states[n], decoder.fixed_span or past + decoder.draft.size)
+                record.tolist()
+                if run:
+                    seconds[n].append(time.perf_counter() - started)
     return {n: statistics.median(values) for n, values in seconds.items()}
 
 
-@torch.inference_mode()
-def measure_draft(heads: MedusaHeads, tree: Tree, repeats: int = 25) -> float:
-    """Median seconds of one round of guessing: heads, top-k, filling the tree."""
-    hidden = torch.randn(heads.weight.shape[-1], device=heads.weight.device).to(heads.weight.dtype)
-    seconds = []
-    for _ in range(repeats + 2):
-        synchronize()
-        started = time.perf_counter()
-        guess(heads, hidden, 0, tree)
-        synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
+def fastest_decoder(
+    model, heads: MedusaHeads, rank_counts: Counter, sizes=(8, 12, 16), capacity: int = 512, compiled: bool = True
+) -> Decoder:
+    """The decoder whose tree gives most expected tokens a second here, by its whole step's measured time.
+
+    One decoder is made for each tree size and, if wished and a compiler works, compiled.
+    """
+    decoders = {size: Decoder(model, heads, build_tree(rank_counts, size), capacity=capacity) for size in sizes}
+    if compiled:
+        for decoder in decoders.values():
+            decoder.compile()
+    seconds = time_steps(decoders, past=capacity // 2)
+    best = max(sizes, key=lambda size: expected_tokens(decoders[size].draft.tree, rank_counts) / seconds[size])
+    return decoders[best]
 
 
 def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, eos: list[int], **options) -> Generation:
@@ -105,17 +132,21 @@ def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, e
     return result
 
 
-def standard_decoders(model, heads: MedusaHeads, tree: Tree, max_new_tokens: int, eos: list[int]) -> dict[str, Decoder]:
-    """The four that are always compared, by the names the reports use."""
+def standard_decoders(medusa: Decoder, plain: Decoder, max_new_tokens: int, eos: list[int]) -> dict[str, Decode]:
+    """The four that are always compared, by the names the reports use.
+
+    Args:
+        medusa: with heads and a tree.
+        plain: the same model without guesses, prepared the same way (both compiled, or both not).
+    """
+    model = medusa.model
     return {
         "model.generate": lambda ids: transformers_generate(model, ids, max_new_tokens, eos),
-        "our loop, no guesses": lambda ids: greedy_generate(model, ids, max_new_tokens, eos),
+        "our loop, no guesses": lambda ids: plain.generate([ids[0]], max_new_tokens, eos)[0],
         "prompt lookup": lambda ids: transformers_generate(
             model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
         ),
-        "Medusa": lambda ids: medusa_generate(
-            model, heads, ids, tree=tree, max_new_tokens=max_new_tokens, eos_token_id=eos
-        ),
+        "Medusa": lambda ids: medusa.generate([ids[0]], max_new_tokens, eos)[0],
     }
 
 
@@ -160,7 +191,7 @@ class Timing:
         return min(rates), max(rates)
 
 
-def compare(decoders: dict[str, Decoder], prompts: list[torch.Tensor], repeats: int = 3) -> dict[str, Timing]:
+def compare(decoders: dict[str, Decode], prompts: list[torch.Tensor], repeats: int = 3) -> dict[str, Timing]:
     """Time decoders side by side: on each prompt they take turns, in an order that rotates.
 
     One warm-up round on the first prompt is not counted.

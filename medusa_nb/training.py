@@ -28,7 +28,7 @@ class TrainingSettings:
     """The tutorial's options that matter for heads; ``batch_size`` counts positions."""
 
     epochs: float = 3
-    batch_size: int = 512
+    batch_size: int = 128
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -46,8 +46,8 @@ class HeadsWithLoss(nn.Module):
         self.heads, self.depth_decay = heads, depth_decay
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token)."""
-        logits = self.heads(hidden.to(self.heads.weight.dtype))  # [K, B, V]
+        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token: the root)."""
+        logits = self.heads(hidden.to(self.heads.weight.dtype), root=labels[:, 0])  # [K, B, V]
         losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1])
         decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
         return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())
@@ -94,8 +94,8 @@ def rank_table(heads: MedusaHeads, features: Features, batch: int = 1024) -> tor
     table = []
     for start in range(0, len(features), batch):
         rows = features.hidden[start : start + batch].to(device, dtype)
-        labels = features.labels[start : start + batch, 1 : heads.num_heads + 1].to(device)
-        table.append(label_ranks(heads(rows), labels).cpu())
+        labels = features.labels[start : start + batch, : heads.num_heads + 1].to(device)
+        table.append(label_ranks(heads(rows, root=labels[:, 0]), labels[:, 1:]).cpu())
     return torch.cat(table)
 
 
@@ -185,7 +185,7 @@ def train_heads(
 def in_float32(heads: MedusaHeads):
     """Train in fp32 whatever the base model's dtype: a copy of lm_head, and the heads, are cast and put back."""
     dtype, shared = heads.weight.dtype, heads.shared
-    heads.shared = (copy.deepcopy(shared[0]).float().requires_grad_(False),)
+    heads.shared = (copy.deepcopy(shared[0]).float().requires_grad_(False), shared[1])
     heads.float().requires_grad_(True).train()
     try:
         yield
@@ -211,7 +211,9 @@ def _claim(folder: Path, settings: TrainingSettings, heads: MedusaHeads, feature
     """Note the settings of unfinished work; refuse to resume it with others."""
     note = folder / "checkpoints" / "settings.json"
     own = heads.projection is not None
-    claim = asdict(settings) | dict(heads=heads.num_heads, layers=heads.num_layers, own_projection=own)
+    claim = asdict(settings) | dict(
+        heads=heads.num_heads, layers=heads.num_layers, own_projection=own, see_root=heads.sees_root
+    )
     claim |= dict(features=features.about.get("key"), positions=len(features))
     if note.exists() and json.loads(note.read_text()) != claim:
         raise InputError(

@@ -21,7 +21,8 @@ class WalkSettings:
     comparison_conversations: int
     repeats: int
     latency_repeats: int
-    learning_rate: float = 3e-3
+    tree_sizes: tuple[int, ...]
+    learning_rate: float = 2e-3
 
 
 RUNS = {
@@ -31,10 +32,11 @@ RUNS = {
         prose_prompts=300,
         test_prompts=24,
         max_new_tokens=160,
-        epochs=4,
+        epochs=3,
         comparison_conversations=600,
         repeats=3,
         latency_repeats=25,
+        tree_sizes=(6, 8, 12, 16),
     ),
     "smoke": WalkSettings(
         train_prompts=48,
@@ -46,6 +48,7 @@ RUNS = {
         comparison_conversations=8,
         repeats=2,
         latency_repeats=3,
+        tree_sizes=(6,),
     ),
 }
 

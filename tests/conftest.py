@@ -28,11 +28,11 @@ def random_model(config, seed: int = 0, std: float = 0.3):
     return model.eval().requires_grad_(False)
 
 
-def small_llama(vocab_size: int = 50, context: int = 96, seed: int = 0, **changes):
+def small_llama(vocab_size: int = 50, context: int = 96, seed: int = 0, std: float = 0.3, **changes):
     """A two-layer Llama of hidden size 32."""
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=context, eos_token_id=EOS, pad_token_id=PAD)
-    return random_model(LlamaConfig(vocab_size=vocab_size, **(sizes | changes)), seed)
+    return random_model(LlamaConfig(vocab_size=vocab_size, **(sizes | changes)), seed, std)
 
 
 def random_tree(K: int, n: int, seed: int = 0, width: int = 4) -> Tree:

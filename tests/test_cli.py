@@ -22,7 +22,7 @@ def test_distill_train_generate_measure(answers, tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", str(heads), "def f(x):", "--max-new-tokens", "8", "--dtype", "float32"]) == 0
     assert "passes" in capsys.readouterr().err
-    arguments = ["--limit", "2", "--repeats", "1", "--max-new-tokens", "12", "--dtype", "float32"]
+    arguments = ["--limit", "2", "--repeats", "1", "--max-new-tokens", "12", "--dtype", "float32", "--eager"]
     assert main(["measure", str(heads), *arguments]) == 0
     assert '"identical": 2' in capsys.readouterr().out
 

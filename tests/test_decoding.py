@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from medusa_nb import decoding
-from medusa_nb.decoding import cut_at_end, greedy_generate, longest_right_path, medusa_generate
+from medusa_nb.decoding import Decoder, cut_at_end, greedy_generate, longest_right_path, medusa_generate
+from medusa_nb.drafting import Candidates, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, chain, tree_from_paths
@@ -64,10 +64,12 @@ def prompt(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_heads(model, count: int, seed: int = 0, std: float = 0.5) -> MedusaHeads:
-    heads = MedusaHeads.for_model(model, count)
+def random_heads(model, count: int, seed: int = 0, std: float = 0.5, see_root: bool = False) -> MedusaHeads:
+    heads = MedusaHeads.for_model(model, count, see_root=see_root)
     torch.manual_seed(seed)
     torch.nn.init.normal_(heads.weight, std=std)
+    if see_root:
+        torch.nn.init.normal_(heads.root_weight, std=std)
     return heads.requires_grad_(False)
 
 
@@ -100,14 +102,14 @@ def perfect_guesses(monkeypatch, truth: list[int]) -> None:
     """Let every guess of a chain be the true continuation, so that the whole path is accepted."""
     place = 0
 
-    def guess(heads, hidden, root, tree):
+    def fill(draft, state):
         nonlocal place
-        assert root == truth[place]
-        tokens = truth[place : place + len(tree)]
-        place += len(tree)
-        return torch.tensor(tokens + [0] * (len(tree) - len(tokens)))
+        assert state.root.item() == truth[place]
+        tokens = truth[place : place + draft.size]
+        place += draft.size
+        return torch.tensor([tokens + [0] * (draft.size - len(tokens))])
 
-    monkeypatch.setattr(decoding, "guess", guess)
+    monkeypatch.setattr(TreeDraft, "fill", fill)
 
 
 def varied_text(model, length: int, fresh_at: int) -> tuple[torch.Tensor, list[int]]:
@@ -184,16 +186,136 @@ def test_the_limit_is_lowered_to_what_is_left_of_the_context(small_model):
     assert len(result.new_tokens) == 3
 
 
+def walked_path(tree, tokens: list[int], said: list[int]) -> list[int]:
+    """The obvious way: from the root go to the child that is right, as long as there is one."""
+    path = [0]
+    while right := [child for child in tree.children[path[-1]] if tokens[child] == said[path[-1]]]:
+        path.append(right[0])
+    return path
+
+
+def right_path(tree, tokens: list[int], said: list[int]) -> list[int]:
+    draft = TreeDraft(None, tree, "cpu")
+    shape = (x.unsqueeze(0) for x in (draft.parents, draft.depths, draft.ancestors))
+    path, count = longest_right_path(Candidates(torch.tensor([tokens]), *shape), torch.tensor([said]), tree.depth)
+    return path[0, : count[0]].tolist()
+
+
 def test_longest_right_path_by_hand():
     tree = tree_from_paths([(0,), (1,), (0, 0), (1, 0), (1, 0, 0)])  # nodes 1..5 in this order
-    assert longest_right_path(tree, [7, 8, 9, 1, 2, 3], [9, 0, 2, 0, 3, 5]) == [0, 2, 4, 5]
-    assert longest_right_path(tree, [7, 8, 9, 1, 2, 3], [6, 1, 2, 0, 3, 5]) == [0]
-    assert longest_right_path(tree, [7, 8, 9, 1, 2, 3], [8, 4, 2, 0, 3, 5]) == [0, 1]
+    assert right_path(tree, [7, 8, 9, 1, 2, 3], [9, 0, 2, 0, 3, 5]) == [0, 2, 4, 5]
+    assert right_path(tree, [7, 8, 9, 1, 2, 3], [6, 1, 2, 0, 3, 5]) == [0]
+    assert right_path(tree, [7, 8, 9, 1, 2, 3], [8, 4, 2, 0, 3, 5]) == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_longest_right_path_is_the_walk_from_the_root(seed):
+    tree, generator = random_tree(4, 14, seed), torch.Generator().manual_seed(seed)
+    said = torch.randint(3, (len(tree),), generator=generator).tolist()
+    tokens = [0] * len(tree)
+    for children in tree.children:  # brothers differ, as guesses of one head do
+        for child, token in zip(children, torch.randperm(4, generator=generator).tolist(), strict=False):
+            tokens[child] = token
+    assert right_path(tree, tokens, said) == walked_path(tree, tokens, said)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_several_prompts_at_once_give_the_texts_of_one_by_one(config):
+    model = random_model(config, seed=3)
+    heads, tree = random_heads(model, 3, seed=3, see_root=True), random_tree(3, 9, seed=3)
+    prompts, ends = [prompt(length, seed=length)[0] for length in (1, 30, 7, 52, 8)], list(range(3, 50, 5))
+    decoder = Decoder(model, heads, tree, slots=5, capacity=52 + 40 + len(tree))
+    together = decoder.generate(prompts, max_new_tokens=40, eos_token_id=ends)
+    lengths = set()
+    for ids, result in zip(prompts, together, strict=True):
+        alone = greedy_generate(model, ids.unsqueeze(0), 40, eos_token_id=ends)
+        assert (result.new_tokens, result.stopped_by) == (alone.new_tokens, alone.stopped_by)
+        lengths.add(len(result.new_tokens))
+    assert len(lengths) > 1  # texts ended at different times
+
+
+def test_a_decoder_serves_many_prompts(small_model):
+    decoder = Decoder(small_model, random_heads(small_model, 3), random_tree(3, 9), capacity=96 + 9)
+    for length in (40, 3, 60):
+        ids = prompt(length, seed=length)
+        result = decoder.generate([ids[0]], 30, eos_token_id=[])[0]
+        assert result.new_tokens == greedy_generate(small_model, ids, 30, eos_token_id=[]).new_tokens
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[4]], ids=lambda config: config.model_type)
+def test_the_compiled_step_gives_the_same_text(config):
+    model = random_model(config, seed=5)
+    heads, tree = random_heads(model, 3, seed=5), random_tree(3, 9, seed=5)
+    decoder = Decoder(model, heads, tree, capacity=96 + 9)
+    seconds = decoder.compile()
+    assert (seconds is None) == bool(decoder.why_eager)
+    for length in (2, 25, 60):
+        ids = prompt(length, seed=length)
+        result = decoder.generate([ids[0]], 30, eos_token_id=[3])[0]
+        assert result.new_tokens == greedy_generate(model, ids, 30, eos_token_id=[3]).new_tokens
+    assert model.config._attn_implementation != "medusa_grouped_sdpa"
+
+
+def test_without_a_compiler_decoding_goes_on(small_model, monkeypatch):
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no working C++ compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
+    decoder = Decoder(small_model, capacity=60)
+    assert decoder.compile() is None
+    assert decoder.why_eager == "RuntimeError: no working C++ compiler"
+    ids = prompt(5)
+    result = decoder.generate([ids[0]], 30, eos_token_id=[])[0]
+    assert result.new_tokens == greedy_generate(small_model, ids, 30, eos_token_id=[]).new_tokens
+
+
+class Listener:
+    """A streamer that notes what it is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_gets_the_prompt_and_every_token_in_order(small_model):
+    listener, ids = Listener(), prompt(5)
+    heads = random_heads(small_model, 2)
+    result = medusa_generate(small_model, heads, ids, tree=chain(2), max_new_tokens=20, streamer=listener)
+    assert listener.tokens == result.sequences[0].tolist()
+    assert listener.ended
+
+
+def test_stop_strings_end_the_text_where_transformers_ends_it(tiny_model, tokenizer):
+    ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
+    text = greedy_generate(tiny_model, ids, 40, eos_token_id=[]).new_tokens
+    middle = tokenizer.decode(text[6:9])
+    stop = middle[1:] if len(middle) > 2 else middle  # begins inside a token
+    heads = MedusaHeads.for_model(tiny_model, 2).requires_grad_(False)
+    ours = medusa_generate(
+        tiny_model,
+        heads,
+        ids,
+        tree=chain(2),
+        max_new_tokens=40,
+        eos_token_id=[],
+        stop_strings=[stop],
+        tokenizer=tokenizer,
+    )
+    arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    theirs = tiny_model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **arguments, eos_token_id=None)
+    assert ours.sequences.tolist() == theirs.tolist()
+    assert ours.stopped_by == "stop string"
+    assert len(ours.new_tokens) < 40
 
 
 def test_cut_at_end():
-    assert cut_at_end([1, 2, 3], {2}) == ([1, 2], True)
-    assert cut_at_end([1, 2, 3], {9}) == ([1, 2, 3], False)
+    assert cut_at_end([1, 2, 3], {2}) == ([1, 2], "eos")
+    assert cut_at_end([1, 2, 3], {9}) == ([1, 2, 3], "")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +324,7 @@ def test_cut_at_end():
         (prompt(5), chain(3), 9, "3 guesses deep.*2 heads"),
         (prompt(CONTEXT), chain(2), 9, "the prompt has 96 tokens"),
         (prompt(CONTEXT + 9), chain(2), 9, "shorten the prompt"),
-        (prompt(5)[:, :0], chain(2), 9, "non-empty"),
+        (prompt(5)[:, :0], chain(2), 9, "non-empty one"),
         (prompt(5).expand(2, -1), chain(2), 9, "one non-empty prompt"),
         (prompt(5)[0], chain(2), 9, "one non-empty prompt"),
         (prompt(5), chain(2), 0, "at least one token"),
@@ -213,6 +335,18 @@ def test_requests_that_are_refused(small_model, ids, tree, limit, message):
     heads = MedusaHeads.for_model(small_model, 2)
     with pytest.raises(InputError, match=message):
         medusa_generate(small_model, heads, ids, tree=tree, max_new_tokens=limit)
+
+
+def test_requests_a_decoder_refuses(small_model):
+    decoder = Decoder(small_model, capacity=20)
+    with pytest.raises(InputError, match="5 prompt tokens, 30 new ones.*capacity of 20"):
+        decoder.generate([prompt(5)[0]], 30)
+    with pytest.raises(InputError, match="2 prompts; decode them one by one"):
+        decoder.generate([prompt(5)[0]] * 2, 5, streamer=Listener())
+    with pytest.raises(InputError, match="pass the tokenizer"):
+        decoder.generate([prompt(5)[0]], 5, stop_strings=["x"])
+    with pytest.raises(InputError, match="2 prompts.*1 slot"):
+        decoder.generate([prompt(5)[0]] * 2, 5)
 
 
 def test_guesses_without_heads_are_refused(small_model):

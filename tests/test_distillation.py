@@ -66,6 +66,7 @@ def test_batched_answers_equal_generate_one_by_one(model):
         assert tokens == (theirs[:-1] if finished else theirs)
         lengths.add(len(tokens))
     assert len(lengths) > 2  # rows left the batch at different times
+    assert generate_batch(model, prompts, 40, ENDS, slots=3) == answers
 
 
 def test_records(tmp_path, model, tokenizer, prompts):
@@ -137,13 +138,13 @@ def test_killed_run_goes_on_without_loss_or_repetition(tmp_path, model, tokenize
     kept = file.read_text().count("\n")
     assert kept >= 4
 
-    asked, compute = [], distillation.answer_batch
+    asked, compute = [], distillation.answer_all
 
-    def recording(model, tokenizer, batch, settings):
-        asked.extend(conversation.id for conversation in batch)
-        compute(model, tokenizer, batch, settings)
+    def recording(model, waiting, *arguments):
+        asked.extend(request.about.id for request in waiting)
+        return compute(model, waiting, *arguments)
 
-    monkeypatch.setattr(distillation, "answer_batch", recording)
+    monkeypatch.setattr(distillation, "answer_all", recording)
     plain.config._name_or_path = str(folder)
     plain.generation_config.eos_token_id = ENDS
     report = distil(plain, tokenizer, prompts, file, SETTINGS)
@@ -160,7 +161,7 @@ def test_finished_run_asks_nothing(tmp_path, model, tokenizer, prompts, monkeypa
     file = tmp_path / "a.jsonl"
     first = distil(model, tokenizer, prompts, file, SETTINGS)
     before = file.read_bytes()
-    monkeypatch.setattr(distillation, "answer_batch", None)
+    monkeypatch.setattr(distillation, "answer_all", None)
     second = distil(model, tokenizer, prompts, file, SETTINGS)
     assert file.read_bytes() == before
     assert (second["answered"], second["resumed"]) == (0, first["answered"])
@@ -215,11 +216,11 @@ def test_prompts_too_long_for_the_context_are_counted(tmp_path, model, tokenizer
     assert [row["id"] for row in read_lines(tmp_path / "a.jsonl")] == ["short"]
 
 
-def test_sampled_answers_depend_on_the_seed_only(tmp_path, model, tokenizer, prompts):
+def test_sampled_answers_depend_on_the_seed_only_not_on_the_batch(tmp_path, model, tokenizer, prompts):
     answers = []
     for run, seed in enumerate((0, 0, 1)):
         torch.manual_seed(run)
-        settings = DistillationSettings(max_new_tokens=24, temperature=1.0, batch_size=4, seed=seed)
+        settings = DistillationSettings(max_new_tokens=24, temperature=1.0, batch_size=4 + run, seed=seed)
         distil(model, tokenizer, prompts, tmp_path / f"{run}.jsonl", settings)
         answers.append({row["id"]: row["messages"][1]["content"] for row in read_lines(tmp_path / f"{run}.jsonl")})
     assert answers[0] == answers[1]

@@ -171,3 +171,44 @@ def test_bad_config(saved, small_model, text, message):
 def test_no_head_is_refused(small_model):
     with pytest.raises(InputError, match="at least one head"):
         MedusaHeads.for_model(small_model, 0)
+
+
+def seeing_heads(model, K=3, seed=0) -> MedusaHeads:
+    heads = MedusaHeads.for_model(model, K, see_root=True)
+    torch.manual_seed(seed)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return heads.requires_grad_(False)
+
+
+def test_heads_that_see_the_root_equal_a_loop(small_model):
+    heads, hidden, root = seeing_heads(small_model), torch.randn(2, 5, 32), torch.randint(50, (2, 5))
+    logits = heads(hidden, root=root)
+    said = small_model.get_input_embeddings()(root)
+    for k in range(3):
+        x = hidden + F.silu(F.linear(hidden, heads.weight[k, 0], heads.bias[k, 0]))
+        x = x + F.silu(F.linear(torch.cat([x, said], -1), heads.root_weight[k], heads.root_bias[k]))
+        assert torch.allclose(logits[k], small_model.lm_head(x), atol=1e-4)
+    assert not torch.allclose(logits, heads(hidden, root=(root + 1) % 50))
+
+
+def test_untrained_heads_that_see_the_root_repeat_the_base_model(small_model):
+    hidden = torch.randn(9, 32)
+    logits = MedusaHeads.for_model(small_model, 2, see_root=True)(hidden, root=torch.arange(9))
+    assert torch.allclose(logits[1], small_model.lm_head(hidden), atol=1e-5)
+
+
+def test_heads_that_see_the_root_come_back_as_they_went(tmp_path, small_model):
+    heads = seeing_heads(small_model)
+    heads.save_pretrained(tmp_path)
+    again = MedusaHeads.from_pretrained(tmp_path, small_model)
+    hidden, root = torch.randn(4, 32), torch.arange(4)
+    assert again.sees_root and torch.equal(again(hidden, root=root), heads(hidden, root=root))
+    rewrite(tmp_path, **{"1_root_bias": None})
+    with pytest.raises(InputError, match=r"lacks 1\.root\.bias"):
+        MedusaHeads.from_pretrained(tmp_path, small_model)
+
+
+def test_heads_that_see_the_root_need_it(small_model):
+    with pytest.raises(InputError, match="these heads see the root"):
+        seeing_heads(small_model)(torch.randn(2, 32))

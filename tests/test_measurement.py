@@ -1,14 +1,18 @@
 """Measurements: fair turns, ratios of sums, and the proof that texts are the same."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import EOS, random_tree
 
-from medusa_nb.decoding import Generation, Step, greedy_generate
+from medusa_nb import measurement
+from medusa_nb.decoding import Decoder, Generation, Step, greedy_generate
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
     Timing,
     compare,
+    fastest_decoder,
     first_difference_gap,
     identity,
     largest_gap,
@@ -77,7 +81,8 @@ def test_all_standard_decoders_give_the_same_text(small_model):
     torch.manual_seed(0)
     heads = MedusaHeads.for_model(small_model, 3)
     torch.nn.init.normal_(heads.weight, std=0.5)
-    decoders = standard_decoders(small_model, heads.requires_grad_(False), random_tree(3, 9), 40, [EOS])
+    medusa = Decoder(small_model, heads.requires_grad_(False), random_tree(3, 9), capacity=64)
+    decoders = standard_decoders(medusa, Decoder(small_model, capacity=64), 40, [EOS])
     results = {name: decode(PROMPT) for name, decode in decoders.items()}
     for result in results.values():
         assert result.new_tokens == results["model.generate"].new_tokens
@@ -120,6 +125,16 @@ def test_identity_counts_texts(small_model):
 def test_without_loops():
     timing = Timing("x", [], [generation(list(range(80))), generation([1, 2] * 40), generation([3] * 10)])
     assert without_loops(timing) == [True, False, True]
+
+
+def test_the_fastest_decoder_is_the_one_with_most_tokens_a_second(small_model, monkeypatch):
+    heads, seconds = MedusaHeads.for_model(small_model, 2), {2: 1.0, 4: 1.2, 5: 9.0}
+    monkeypatch.setattr(measurement, "time_steps", lambda decoders, past: {n: seconds[n] for n in decoders})
+    counts = Counter({(): 10, (0,): 5, (1,): 4, (0, 0): 2, (2,): 1})  # 1.5, 2.1 and 2.2 tokens
+    chosen = fastest_decoder(small_model, heads, counts, sizes=(2, 4, 5), capacity=40, compiled=False)
+    assert len(chosen.draft.tree) == 4
+    seconds[4] = 2.0
+    assert len(fastest_decoder(small_model, heads, counts, (2, 4, 5), 40, compiled=False).draft.tree) == 2
 
 
 def test_latency_of_each_width(small_model):

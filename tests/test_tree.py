@@ -134,7 +134,8 @@ def test_rank_counts_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "paths", [((), (0, 0), (0,)), ((), (0, 0)), ((0,),), (), ((), (0,), (0,)), ((0,), ())],
+    "paths",
+    [((), (0, 0), (0,)), ((), (0, 0)), ((0,),), (), ((), (0,), (0,)), ((0,), ())],
     ids=["child first", "no parent", "no root", "nothing", "twice", "root last"],
 )
 def test_bad_trees_are_refused(paths):

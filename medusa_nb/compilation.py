@@ -1,0 +1,87 @@
+"""Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
+
+import time
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+
+import torch
+import torch._dynamo
+from torch._inductor import config as inductor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+GROUPED = "medusa_grouped_sdpa"
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention with grouped queries that never repeats keys and values.
+
+    The query heads that share a key head stand one below the other as further rows: ``[B, heads, N, d]`` is
+    read as ``[B, key heads, groups * N, d]``, and so is the mask. transformers' own sdpa copies every key and
+    value once per group as soon as there is a mask.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    out = out.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+
+
+@contextmanager
+def grouped(model):
+    """Let a model that uses sdpa use :func:`grouped_attention` instead, for a while."""
+    config = model.config.get_text_config()
+    stated = config._attn_implementation
+    if stated == "sdpa":
+        config._attn_implementation = GROUPED
+    try:
+        yield
+    finally:
+        config._attn_implementation = stated
+
+
+def compile_step(decoder):
+    """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
+
+    Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
+    CPU every linear layer is laid out for exactly this number of rows. Where no compiler works the eager
+    step is returned, None, and why.
+    """
+    device = decoder.verifier.device
+    cpu = device.type == "cpu"
+    run = torch.compile(
+        with_own_code(decoder.step), fullgraph=True, dynamic=False, mode=None if cpu else "reduce-overhead"
+    )
+
+    def step(state, span):
+        with grouped(decoder.model):
+            return run(state, span)
+
+    started = time.perf_counter()
+    try:
+        with torch.no_grad(), inductor.patch(freezing=cpu):
+            prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
+            state = decoder.start(prompts)
+            for _ in range(3):
+                state, _ = step(state, decoder.capacity)
+    except Exception as error:  # whatever the compiler trips over, decoding goes on without it
+        return decoder.step, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return step, time.perf_counter() - started, ""
+
+
+def with_own_code(method: MethodType) -> MethodType:
+    """The same method with a code object of its own.
+
+    The compiler keeps its results per code object and at every call looks through all of them; decoders
+    that shared one would slow each other down.
+    """
+    function = method.__func__
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return MethodType(copy, method.__self__)
