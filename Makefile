@@ -1,12 +1,13 @@
+# make notebooks  re-execute, keep the outputs, write the README's figures
 # make run   the whole walk, headless        make lab   open JupyterLab
-# make test  the test suite
+# make test  the test suite                  make bench the benchmark, on the heads of the last run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab clean
+.PHONY: run test lab bench notebooks clean
 
 run: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb run
@@ -14,6 +15,14 @@ run: $(VENV)/.walk
 test: $(VENV)/.test
 	$(BIN)/ruff check medusa_nb tests data
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.walk
+	test -f build/walk/learner/heads/rank_counts.json || $(BIN)/python -m medusa_nb run
+	$(BIN)/python -m medusa_nb run --only 05
+
+notebooks: $(VENV)/.walk
+	$(BIN)/python -m medusa_nb run --keep-outputs
+	$(BIN)/python -m medusa_nb run --only 05 --keep-outputs
 
 lab: $(VENV)/.walk
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/01_environment_setup.ipynb
@@ -25,7 +34,7 @@ $(VENV)/.walk: requirements.txt pyproject.toml
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.walk requirements-test.txt
+$(VENV)/.test: $(VENV)/.walk requirements-serve.txt requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

@@ -1,4 +1,4 @@
-"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure."""
+"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure, export."""
 
 import argparse
 import json
@@ -33,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--smoke", action="store_true", help="a short run of the same code")
     run.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names or numbers, e.g. 03")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter")
-    run.add_argument("--keep-outputs", action="store_true", help="put the outputs into notebooks/ as well")
+    run.add_argument(
+        "--keep-outputs",
+        action="store_true",
+        help="put outputs into notebooks/, and a whole learner run's figures into README.md",
+    )
     run.set_defaults(command=command_run)
 
     distill = commands.add_parser("distill", help="let the base model answer prompts")
@@ -74,7 +78,21 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--eager", action="store_true", help="do not compile")
     measure.set_defaults(command=command_measure)
 
-    for command in (distill, train, generate, measure):
+    export = commands.add_parser("export", help="write heads for other software, check them, publish them")
+    export.add_argument("heads", type=Path, help="folder of trained heads")
+    export.add_argument("out", type=Path, help="a new folder")
+    export.add_argument("--to", required=True, help="tgi, vllm or transformers")
+    export.add_argument("--version", type=int, choices=(1, 2), default=2, help="of the original format (tgi)")
+    export.add_argument("--no-weights", action="store_true", help="leave the base model out (transformers)")
+    export.add_argument("--tree-size", type=int, default=8, help="nodes of the tree (transformers)")
+    export.add_argument("--check", action="store_true", help="read it back as its reader does, compare with ours")
+    export.add_argument("--push", metavar="REPO_ID", help="publish on the hub")
+    export.add_argument("--private", action="store_true")
+    export.add_argument("--dry-run", action="store_true", help="show what --push would send, send nothing")
+    export.add_argument("--results", type=Path, help="results.json of the run, for the model card")
+    export.set_defaults(command=command_export)
+
+    for command in (distill, train, generate, measure, export):
         command.add_argument("--model", help="folder or hub id of the base model; the shipped one by default")
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
         command.add_argument("--trust-remote-code", action="store_true")
@@ -89,11 +107,14 @@ def _load(options):
 
 def command_run(options) -> None:
     """Execute the walk and print its result table."""
+    from medusa_nb.report import publish
     from medusa_nb.run import keep_outputs, result_table, run_walk
 
     out = run_walk("smoke" if options.smoke else "learner", options.only, dict(options.p))
     if options.keep_outputs:
         keep_outputs(out)
+        if not options.smoke and not options.only:
+            publish(out)
     if (out / "results.json").exists():
         print(result_table(json.loads((out / "results.json").read_text())))
 
@@ -199,6 +220,40 @@ def command_measure(options) -> None:
             indent=2,
         )
     )
+
+
+def command_export(options) -> None:
+    """Write an export, read it back if wished, show or send what goes to the hub."""
+    from medusa_nb.export import export
+    from medusa_nb.heads import MedusaHeads
+    from medusa_nb.publish import model_card, push, read_results
+    from medusa_nb.readers import check
+    from medusa_nb.tree import build_tree, load_rank_counts
+
+    model, tokenizer = _load(options)
+    heads = MedusaHeads.from_pretrained(options.heads, model)
+    counts = options.heads / "rank_counts.json"
+    tree = build_tree(load_rank_counts(counts), options.tree_size) if counts.exists() else None
+    export(
+        heads,
+        options.out,
+        options.to,
+        version=options.version,
+        model=model,
+        tokenizer=tokenizer,
+        tree=tree,
+        weights=not options.no_weights,
+    )
+    if options.check:
+        prompt = tokenizer("def add(a, b):\n    ", return_tensors="pt", add_special_tokens=False).input_ids
+        print(check(options.out, options.to, heads, model, prompt.to(model.device)))
+    if options.push:
+        card = model_card(options.push, options.to, heads, read_results(options.results) if options.results else None)
+        (options.out / "README.md").write_text(card)
+        files = push(options.out, options.push, options.private, options.dry_run)
+        print(f"{'would send' if options.dry_run else 'sent'} to {options.push}:", *files, "", card, sep="\n")
+    else:
+        print(*(path for path in sorted(options.out.rglob("*")) if path.is_file()), sep="\n")
 
 
 if __name__ == "__main__":

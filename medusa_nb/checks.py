@@ -100,3 +100,29 @@ def mean_tokens_per_pass(answer: Callable[[list[list[int]]], float]) -> None:
     if abs(got - 8 / 5) > 1e-9:
         raise NotYet("divide all tokens by all passes")
     _passed()
+
+
+def achievable_speedup(answer: Callable[[float, float, float], float]) -> None:
+    """05: the speedup that tokens per pass allow when a wide pass costs tn and a narrow one t1."""
+    value = answer(3.0, 2.0, 4.0)
+    if abs(value - 1.5) < 1e-6:
+        return _passed()
+    if abs(value - 3.0) < 1e-6:
+        raise NotYet("tokens per pass is not a speedup: the wide pass also takes longer than the narrow one")
+    if abs(value - 6.0) < 1e-6:
+        raise NotYet("that is the inverse price: a wide pass that takes twice as long halves the gain")
+    raise NotYet("plain decoding needs tokens * t1 for what one wide pass emits in tn")
+
+
+def version_1_size(answer: Callable[[int, int, int], int]) -> None:
+    """07: how many numbers K heads with one block and their own projections hold."""
+    value = answer(3, 10, 100)
+    if value == 3 * (100 + 10 + 1000):
+        return _passed()
+    if value == 3 * (100 + 1000):
+        raise NotYet("each block also has a bias of D numbers")
+    if value == 3 * (100 + 10) + 1000:
+        raise NotYet("in version 1 the projection is not shared: every head has its own V * D numbers")
+    if value == 3 * (100 + 10):
+        raise NotYet("that is version 2, which shares lm_head; version 1 adds a projection to every head")
+    raise NotYet("a head is D * D weights, D biases and V * D for its projection; there are K of them")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 from medusa_nb.base_model import context_length, refuse_unsuitable
-from medusa_nb.compilation import compile_step
 from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, refuse_deep
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
@@ -83,7 +82,7 @@ class Decoder:
         self.model, self.slots, self.capacity = model, slots, capacity
         self.verifier = Verifier(model, slots, capacity, choose)
         self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
-        self.run, self.fixed_span, self.why_eager = self.step, None, ""
+        self.run, self.fixed_span, self.compile_seconds, self.why_eager = self.step, None, None, ""
 
     def step(self, state: State, span: int) -> tuple[State, torch.Tensor]:
         """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
@@ -112,9 +111,11 @@ class Decoder:
 
         Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
-        self.run, seconds, self.why_eager = compile_step(self)
-        self.fixed_span = None if seconds is None else self.capacity
-        return seconds
+        from medusa_nb.compilation import compile_step  # importing a compiler takes seconds; most callers need none
+
+        self.run, self.compile_seconds, self.why_eager = compile_step(self)
+        self.fixed_span = None if self.compile_seconds is None else self.capacity
+        return self.compile_seconds
 
     @torch.no_grad()
     def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> Iterator[list[Step | None]]:
@@ -170,6 +171,7 @@ class Decoder:
         streamer=None,
         stop_strings: list[str] | None = None,
         tokenizer=None,
+        stopping_criteria=None,
     ) -> list[Generation]:
         """Decode several prompts (each ``[T]``) at once, each to its own end.
 
@@ -180,6 +182,7 @@ class Decoder:
             streamer: a transformers streamer (one prompt only), fed with every pass's tokens.
             stop_strings: texts that end an answer, kept up to the token that completes one; needs
                 ``tokenizer``.
+            stopping_criteria: transformers' own, asked about each text after each of its tokens, without scores.
 
         Raises:
             InputError: a prompt is empty or fills the context or the decoder's capacity.
@@ -201,6 +204,10 @@ class Decoder:
                 if stop_strings:
                     step.emitted, found = cut_at_string(texts[i], step.emitted, stop_strings, tokenizer)
                     stopped = "stop string" if found else stopped
+                if stopping_criteria:
+                    before = torch.cat([results[i].sequences[0], results[i].sequences.new_tensor(texts[i])])
+                    step.emitted, found = cut_at_criteria(before, step.emitted, stopping_criteria)
+                    stopped = "stopping criteria" if found else stopped
                 texts[i] += step.emitted
                 results[i].steps.append(step)
                 if streamer is not None:
@@ -300,6 +307,15 @@ def cut_at_end(emitted: list[int], ends: set[int]) -> tuple[list[int], str]:
         if token in ends:
             return emitted[: i + 1], "eos"
     return emitted, ""
+
+
+def cut_at_criteria(before: torch.Tensor, emitted: list[int], criteria) -> tuple[list[int], bool]:
+    """Drop what follows the token after which transformers' stopping criteria end the text; say whether they do."""
+    for i in range(len(emitted)):
+        text = torch.cat([before, before.new_tensor(emitted[: i + 1])]).unsqueeze(0)
+        if bool(torch.as_tensor(criteria(text, None)).all()):
+            return emitted[: i + 1], True
+    return emitted, False
 
 
 def cut_at_string(text: list[int], emitted: list[int], stops: list[str], tokenizer) -> tuple[list[int], bool]:

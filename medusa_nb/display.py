@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML, display
+from IPython.display import HTML, Markdown, display
 
 from medusa_nb.progress import is_headless
 from medusa_nb.training import accuracy
@@ -210,6 +210,37 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
     plt.xlabel(unit)
     plt.grid(axis="y", visible=False)
     plt.show()
+
+
+def plot_parts(rows: dict[str, dict]) -> None:
+    """Stacked bars of an average pass's milliseconds: verify and accept, draft, the rest."""
+    names = list(rows)[::-1]
+    left = [0.0] * len(names)
+    plt.figure(figsize=(5.2, 0.45 * len(names) + 0.9))
+    for i, (part, label) in enumerate(
+        (("ms_verify_accept", "verify and accept"), ("ms_draft", "draft"), ("ms_rest", "the rest"))
+    ):
+        values = [max(0.0, rows[name][part]) for name in names]
+        plt.barh(names, values, left=left, color=(*HEAD_COLORS[:2], BASELINE)[i], label=label)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    plt.xlabel("milliseconds per pass")
+    plt.grid(axis="y", visible=False)
+    plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=9)
+    plt.show()
+
+
+def plot_candidates(candidates, tokenizer) -> None:
+    """The first text's candidate tree as a draft made it, with its tokens."""
+    parents = candidates.parents[0].tolist()
+    paths: list[tuple[int, ...]] = [()]
+    for node, parent in enumerate(parents[1:], 1):
+        paths.append(paths[parent] + (node,))
+    plot_tree(Tree(tuple(paths)), [tokenizer.decode([token]) for token in candidates.tokens[0].tolist()])
+
+
+def show_markdown(text: str) -> None:
+    """Markdown, rendered where a front end does so."""
+    display(Markdown(text))
 
 
 def plot_lengths(lengths: list[int], limit: int) -> None:

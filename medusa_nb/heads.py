@@ -5,6 +5,8 @@ same hidden state and guesses the token at t+k+2 (Cai et al., arXiv 2401.10774, 
 """
 
 import json
+import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -110,10 +112,8 @@ class MedusaHeads(nn.Module):
             logits = x @ self.projection[:count].transpose(1, 2)
         return logits.reshape(count, *hidden.shape[:-1], -1)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``medusa_lm_head.safetensors`` in the original Medusa's format."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by the names of the original Medusa's format (and ``{k}.root.*`` beyond it)."""
         tensors = {}
         for k in range(self.num_heads):
             for layer in range(self.num_layers):
@@ -123,7 +123,10 @@ class MedusaHeads(nn.Module):
                 tensors[f"{k}.{self.num_layers}.weight"] = self.projection[k]
             if self.sees_root:
                 tensors |= {f"{k}.root.weight": self.root_weight[k], f"{k}.root.bias": self.root_bias[k]}
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, folder / WEIGHTS)
+        return tensors
+
+    def config(self) -> dict:
+        """What the original format's ``config.json`` states."""
         config = dict(
             medusa_num_heads=self.num_heads,
             medusa_num_layers=self.num_layers,
@@ -134,52 +137,66 @@ class MedusaHeads(nn.Module):
         )
         if self.sees_root:
             config["sees_root"] = True  # no server knows it, so no server takes these heads for plain ones
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        return config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``medusa_lm_head.safetensors`` in the original Medusa's format."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(self.config(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model):
-        """Load heads for ``model``; every tensor must be there, fit, and be used.
+        """Load heads for ``model`` from the original format, versions 1 and 2; every tensor must be there and fit.
+
+        Reads ``medusa_lm_head.safetensors``, or the ``.pt`` file of older checkpoints, in which only tensors
+        are accepted. If the config states fewer heads than the file holds, as some published ones do, the
+        file counts, and a warning says so.
 
         Raises:
             InputError: a file is missing or damaged, a tensor is missing, unexpected or of another
                 shape, or the heads were trained for a base model of another width or vocabulary.
         """
         folder = Path(folder)
-        config, tensors = _read_files(folder)
+        old = WEIGHTS.replace(".safetensors", ".pt")
+        name = old if not (folder / WEIGHTS).exists() and (folder / old).exists() else WEIGHTS
+        for file in (CONFIG, name):
+            if not (folder / file).is_file():
+                raise InputError(f"no {file} in '{folder}'; train heads with 03_head_training or name another folder")
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{folder / CONFIG}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        for key in ("medusa_num_heads", "medusa_num_layers"):
+            if not isinstance(config, dict) or not isinstance(config.get(key), int):
+                raise InputError(f"{folder / CONFIG} has no whole number '{key}'; it does not describe Medusa heads")
+        return cls.from_files(config, folder / name, model)
+
+    @classmethod
+    def from_files(cls, config: dict, file: str | Path, model):
+        """Load heads that ``config`` describes from one file of tensors; see :meth:`from_pretrained`."""
+        tensors = _read_tensors(Path(file))
         count, layers = config["medusa_num_heads"], config["medusa_num_layers"]
+        held = len({name.split(".")[0] for name in tensors if name.split(".")[0].isdigit()})
+        if held > count:
+            warnings.warn(f"the config states {count} heads, {file} holds {held}; using {held}", stacklevel=3)
+            count = held
         own = f"0.{layers}.weight" in tensors
         heads = cls.for_model(model, count, layers, own, config.get("sees_root", False))
-        _refuse_other_base(folder, config, tensors, heads)
-        expected = {
-            f"{k}.{i}.linear.{part}" for k in range(count) for i in range(layers) for part in ("weight", "bias")
-        }
-        expected |= {f"{k}.{layers}.weight" for k in range(count)} if own else set()
-        if heads.sees_root:
-            expected |= {f"{k}.root.{part}" for k in range(count) for part in ("weight", "bias")}
-        if missing := sorted(expected - tensors.keys()):
-            raise InputError(f"{folder / WEIGHTS} lacks {', '.join(missing)}; save the heads again")
-        if extra := sorted(tensors.keys() - expected):
-            raise InputError(f"{folder / WEIGHTS} holds {', '.join(extra)}, which {CONFIG} does not mention")
-        wanted = {"weight": heads.weight.shape[2:], "bias": heads.bias.shape[2:]}
-        for name, tensor in tensors.items():
-            shape = wanted[name.split(".")[-1]] if ".linear." in name else None
-            if ".root." in name:
-                shape = getattr(heads, "root_" + name.split(".")[-1]).shape[1:]
-            shape = heads.projection.shape[1:] if shape is None else shape
-            if tensor.shape != shape:
-                raise InputError(
-                    f"{folder / WEIGHTS}: {name} has the shape {list(tensor.shape)}, {list(shape)} is needed"
-                )
+        _refuse_other_base(Path(file).parent, config, tensors, heads)
+        expected = {name: tensor.shape for name, tensor in heads.tensors().items()}
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise InputError(f"{file} lacks {', '.join(missing)}; save the heads again")
+        if extra := sorted(tensors.keys() - expected.keys()):
+            raise InputError(f"{file} holds {', '.join(extra)}, which {CONFIG} does not mention")
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
+                raise InputError(f"{file}: {name} has the shape {list(tensors[name].shape)}, {list(shape)} is needed")
         with torch.no_grad():
-            for k in range(count):
-                for i in range(layers):
-                    heads.weight[k, i].copy_(tensors[f"{k}.{i}.linear.weight"])
-                    heads.bias[k, i].copy_(tensors[f"{k}.{i}.linear.bias"])
-                if own:
-                    heads.projection[k].copy_(tensors[f"{k}.{layers}.weight"])
-                if heads.sees_root:
-                    heads.root_weight[k].copy_(tensors[f"{k}.root.weight"])
-                    heads.root_bias[k].copy_(tensors[f"{k}.root.bias"])
+            for name, tensor in heads.tensors().items():
+                tensor.copy_(tensors[name])
         return heads.requires_grad_(False).eval()
 
 
@@ -192,21 +209,15 @@ def portable_name(name: str) -> str:
     return name
 
 
-def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"no {name} in '{folder}'; train heads with 03_head_training or name another folder")
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / CONFIG}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS} is damaged or cut short ({error}); save the heads again") from error
-    for key in ("medusa_num_heads", "medusa_num_layers"):
-        if not isinstance(config, dict) or not isinstance(config.get(key), int):
-            raise InputError(f"{folder / CONFIG} has no whole number '{key}'; it does not describe Medusa heads")
-    return config, tensors
+        if file.suffix == ".pt":
+            return torch.load(file, weights_only=True, map_location="cpu")
+        return load_file(file)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{file} holds more than tensors; nothing in it was executed, and it is refused") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise InputError(f"{file} is damaged or cut short ({error}); save the heads again") from error
 
 
 def _refuse_other_base(folder: Path, config: dict, tensors: dict, heads: MedusaHeads) -> None:

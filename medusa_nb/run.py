@@ -17,16 +17,24 @@ from medusa_nb.progress import HEADLESS
 NOTEBOOKS = ROOT / "notebooks"
 
 
-def walk() -> list[Path]:
-    """The notebooks in their order."""
+WALK = ("01", "02", "03", "04")  # what one run executes; later notebooks build on its artefacts
+
+
+def notebooks() -> list[Path]:
+    """All notebooks in their order."""
     return sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def walk() -> list[Path]:
+    """The notebooks of the walk in their order."""
+    return [notebook for notebook in notebooks() if notebook.stem.startswith(WALK)]
 
 
 def find(name: str) -> Path:
     """A notebook by its name or the number it starts with."""
-    matches = [n for n in walk() if n.stem == name or n.stem.split("_")[0] == name]
+    matches = [n for n in notebooks() if n.stem == name or n.stem.split("_")[0] == name]
     if not matches:
-        raise InputError(f"there is no notebook '{name}'; there are {', '.join(n.stem for n in walk())}")
+        raise InputError(f"there is no notebook '{name}'; there are {', '.join(n.stem for n in notebooks())}")
     return matches[0]
 
 
@@ -85,17 +93,17 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
     """Execute the walk (or some of its notebooks); returns the folder with notebooks and results.json."""
     out = ROOT / "build" / "run" / run
     work = ROOT / "build" / "walk" / run
-    notebooks = [find(name) for name in only] if only else walk()
+    chosen = [find(name) for name in only] if only else walk()
     if not only:
         shutil.rmtree(work, ignore_errors=True)
     wanted = parameters or {}
-    known = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
+    known = {n: set(papermill.inspect_notebook(str(n))) for n in chosen}
     everything = sorted(set().union(*known.values()))
     if unknown := sorted(set(wanted) - set(everything)):
         names = ", ".join(everything)
         raise InputError(f"no notebook of this run has a parameter '{unknown[0]}'; they have {names}")
     started = time.time()
-    for notebook in notebooks:
+    for notebook in chosen:
         begun = time.time()
         print(f"{notebook.stem} ...", end=" ", flush=True)
         own = {name: value for name, value in wanted.items() if name in known[notebook]}

@@ -21,10 +21,10 @@ class Sampler:
         temperature: above 0; 1 leaves the distribution as it is.
         top_k: only the k most probable tokens; 0 for all.
         top_p: only the most probable tokens that together reach this probability; 1 for all.
-        seed: of the numbers drawn.
+        seed: of the numbers drawn; torch's global generator by default.
     """
 
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0):
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None):
         if not temperature > 0:
             raise InputError(f"temperature={temperature}; choose one above 0, or decode greedily")
         if top_k < 0 or not 0 < top_p <= 1:
@@ -34,7 +34,7 @@ class Sampler:
             self.filters.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.filters.append(TopPLogitsWarper(top_p))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What is drawn from: the filtered and renormalised distribution ``[..., V]``, in fp32."""

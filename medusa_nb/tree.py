@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
 from medusa_nb.errors import InputError
 
-Path = tuple[int, ...]
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tree:
     number (the root's is -1); parents come before their children.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Ranks, ...]
     parents: tuple[int, ...] = field(init=False)
     children: tuple[tuple[int, ...], ...] = field(init=False)
 
@@ -95,7 +95,7 @@ def build_tree(rank_counts: Counter, size: int) -> Tree:
     if size < 1:
         raise InputError(f"a tree has at least its root, size={size} is too small")
     worth = {path: count for path, count in rank_counts.items() if path}
-    chosen: list[Path] = [()]
+    chosen: list[Ranks] = [()]
     kept = {()}
     for path in sorted(worth, key=lambda p: (-worth[p], len(p), p)):
         if len(chosen) == size:
@@ -157,21 +157,21 @@ def tokens_per_second(tree: Tree, rank_counts: Counter, latency_by_width: dict[i
     return expected_tokens(tree, rank_counts) / (seconds + (draft_seconds if len(tree) > 1 else 0.0))
 
 
-def tree_from_paths(paths: Iterable[Path]) -> Tree:
+def tree_from_paths(paths: Iterable[Ranks]) -> Tree:
     """A tree from rank tuples in any order; the root may be left out."""
     return Tree(tuple(sorted({(), *map(tuple, paths)}, key=lambda p: (len(p), p))))
 
 
-def save_rank_counts(ranks: torch.Tensor, file: str | FilePath) -> Counter:
+def save_rank_counts(ranks: torch.Tensor, file: str | Path) -> Counter:
     """Count ranks (see :func:`count_ranks`) and write them as JSON; returns the counts."""
     counts = count_ranks(ranks)
-    FilePath(file).write_text(json.dumps([[list(path), count] for path, count in counts.most_common()]))
+    Path(file).write_text(json.dumps([[list(path), count] for path, count in counts.most_common()]))
     return counts
 
 
-def load_rank_counts(file: str | FilePath) -> Counter:
+def load_rank_counts(file: str | Path) -> Counter:
     """Read what :func:`save_rank_counts` wrote."""
-    file = FilePath(file)
+    file = Path(file)
     if not file.is_file():
         raise InputError(
             f"there is no '{file}' with the ranks of these heads; train them again, or count_ranks yourself"

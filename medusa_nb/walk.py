@@ -22,7 +22,10 @@ class WalkSettings:
     repeats: int
     latency_repeats: int
     tree_sizes: tuple[int, ...]
+    bench_dtypes: tuple[str, ...]
+    race_conversations: int
     learning_rate: float = 2e-3
+    ngram_tokens: int = 6
 
 
 RUNS = {
@@ -37,6 +40,8 @@ RUNS = {
         repeats=3,
         latency_repeats=25,
         tree_sizes=(6, 8, 12, 16),
+        bench_dtypes=("float32", "bfloat16"),
+        race_conversations=200,
     ),
     "smoke": WalkSettings(
         train_prompts=48,
@@ -49,6 +54,8 @@ RUNS = {
         repeats=2,
         latency_repeats=3,
         tree_sizes=(6,),
+        bench_dtypes=("float32",),
+        race_conversations=8,
     ),
 }
 

@@ -1,10 +1,12 @@
 """Tiny random models and trees; nothing here or in the tests reads from the network."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MEDUSA_NB_HEADLESS", "1")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="medusa-nb-modules-"))
 
 import random  # noqa: E402
 

@@ -19,6 +19,8 @@ RIGHT = [
         lambda g, s: next((i for i, (a, b) in enumerate(zip(g, s, strict=True)) if a != b), len(g))
     ),
     lambda: checks.mean_tokens_per_pass(lambda texts: sum(map(sum, texts)) / sum(map(len, texts))),
+    lambda: checks.achievable_speedup(lambda tokens, t1, tn: tokens * t1 / tn),
+    lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D + V * D)),
 ]
 WRONG = [
     (lambda: checks.break_even(0.5, 1.0, 2.0), "inverse"),
@@ -37,6 +39,13 @@ WRONG = [
         lambda: checks.mean_tokens_per_pass(lambda texts: sum(sum(t) / len(t) for t in texts) / len(texts)),
         "mean of ratios",
     ),
+    (lambda: checks.achievable_speedup(lambda tokens, t1, tn: tokens), "is not a speedup"),
+    (lambda: checks.achievable_speedup(lambda tokens, t1, tn: tokens * tn / t1), "inverse price"),
+    (lambda: checks.achievable_speedup(lambda tokens, t1, tn: 0.0), "plain decoding needs"),
+    (lambda: checks.version_1_size(lambda K, D, V: K * (D * D + V * D)), "also has a bias"),
+    (lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D) + V * D), "is not shared"),
+    (lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D)), "that is version 2"),
+    (lambda: checks.version_1_size(lambda K, D, V: 0), "a head is D"),
 ]
 
 

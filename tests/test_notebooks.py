@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from medusa_nb.errors import InputError
-from medusa_nb.run import check_parameters, execute, find, keep_outputs, walk
+from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, walk
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def executed(tmp_path_factory):
 
 
 def test_walk_runs_and_records_results(executed):
-    work, notebooks = executed
-    assert [n.name[:2] for n in notebooks] == ["01", "02", "03", "04"]
+    work, done = executed
+    assert [n.name[:2] for n in done] == ["01", "02", "03", "04"]
     results = json.loads((work / "results.json").read_text())
     assert {"machine", "latency_ms", "distillation", "data", "training", "accuracy", "speed"} <= results.keys()
     assert (
@@ -27,9 +27,42 @@ def test_walk_runs_and_records_results(executed):
     )
 
 
-def test_outputs_are_clean(executed):
-    _, notebooks = executed
-    for path in notebooks:
+@pytest.fixture(scope="module")
+def benchmark(executed, tmp_path_factory):
+    """The benchmark notebook, executed on what the walk made."""
+    work, _ = executed
+    return work, execute(find("05"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("bench"))
+
+
+def test_benchmark_reports_every_contestant(benchmark):
+    work, _ = benchmark
+    reports = json.loads((work / "benchmark" / "benchmark.json").read_text())
+    for report in reports.values():
+        rows = report["rows"]
+        assert {"model.generate", "our loop, eager", "our loop, compiled", "prompt lookup"} < rows.keys()
+        assert len(rows) == 8
+        for row in rows.values():
+            assert row["identical"]["identical"] == row["identical"]["prompts"] == report["prompts"]
+        assert rows["our loop, compiled"]["vs_loop"] == rows["model.generate"]["vs_generate"] == 1
+    assert "| model.generate |" in (work / "benchmark" / "benchmark.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def exported(executed, tmp_path_factory):
+    """The export notebook, executed on what the walk made."""
+    work, _ = executed
+    return work, execute(find("07"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("export"))
+
+
+def test_exports_are_made_and_checked(exported):
+    work, notebook = exported
+    assert {path.name for path in (work / "exports").iterdir()} == {"tgi", "vllm", "model"}
+    text = notebook.read_text()
+    assert "read back as tgi does" in text and "read back as vllm does" in text
+
+
+def test_outputs_are_clean(executed, benchmark, exported):
+    for path in [*executed[1], benchmark[1], exported[1]]:
         cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
         assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
         outputs = [o for c in cells for o in c.outputs]
@@ -37,7 +70,7 @@ def test_outputs_are_clean(executed):
         assert path.stat().st_size <= 300_000
 
 
-@pytest.mark.parametrize("notebook", walk(), ids=lambda n: n.stem)
+@pytest.mark.parametrize("notebook", notebooks(), ids=lambda n: n.stem)
 def test_shape_of_a_notebook(notebook):
     cells = nbformat.read(notebook, 4).cells
     check_parameters(notebook, {"run": "smoke"})
@@ -90,6 +123,6 @@ def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatc
 
 
 def walk_of(folder):
-    notebooks = sorted(folder.glob("*.ipynb"))
-    assert len(notebooks) == 4
-    return notebooks
+    found = sorted(folder.glob("*.ipynb"))
+    assert len(found) == 4
+    return found

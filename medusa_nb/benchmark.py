@@ -1,0 +1,186 @@
+"""The benchmark: every way of decoding on the same prompts, side by side, and where each step's time goes."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medusa_nb.decoding import Decoder
+from medusa_nb.drafting import DynamicDraft
+from medusa_nb.heads import MedusaHeads
+from medusa_nb.measurement import (
+    BlindDraft,
+    Timing,
+    compare,
+    fastest_decoder,
+    identity,
+    machine,
+    speedup,
+    time_steps,
+    transformers_generate,
+    without_loops,
+)
+from medusa_nb.tree import build_tree
+
+GENERATE, LOOP = "model.generate", "our loop, compiled"
+POOL = 96  # nodes a dynamic tree is chosen from
+
+
+@dataclass
+class Contestants:
+    """Ways of decoding by name, prepared once: ``decoders`` are ours, ``calls`` all of them.
+
+    ``blind`` is, for each tree size that occurs, a compiled decoder that guesses at no cost.
+    """
+
+    decoders: dict[str, Decoder]
+    calls: dict
+    blind: dict[int, Decoder]
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling took, trees that were tried and not chosen left out."""
+        return sum(decoder.compile_seconds or 0.0 for decoder in (*self.decoders.values(), *self.blind.values()))
+
+
+def prepare(
+    model,
+    plain_heads: MedusaHeads,
+    plain_counts: Counter,
+    heads: MedusaHeads,
+    counts: Counter,
+    ngram_worth: torch.Tensor,
+    *,
+    sizes: tuple[int, ...],
+    capacity: int,
+    max_new_tokens: int,
+    eos: list[int],
+) -> Contestants:
+    """Make and compile all contestants for one model and dtype; each static tree has its own best size."""
+    device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
+    static = fastest_decoder(model, heads, counts, sizes, capacity)
+    size, pool = static.draft.size, build_tree(counts, POOL)
+    decoders = {
+        "our loop, eager": Decoder(model, capacity=capacity),
+        LOOP: Decoder(model, capacity=capacity),
+        "Medusa, plain heads": fastest_decoder(model, plain_heads, plain_counts, sizes, capacity),
+        "Medusa, heads see the root": static,
+        "Medusa, dynamic tree": Decoder(
+            model, capacity=capacity, draft=DynamicDraft(heads, pool, min(size, len(pool)), device)
+        ),
+        "Medusa, dynamic tree with n-grams": Decoder(
+            model, capacity=capacity, draft=DynamicDraft(heads, pool, min(size, len(pool)), device, ngram_worth)
+        ),
+    }
+    blind = {
+        n: Decoder(model, capacity=capacity, draft=BlindDraft(n, vocabulary, device))
+        for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
+    }
+    late = [LOOP, "Medusa, dynamic tree", "Medusa, dynamic tree with n-grams"]
+    for decoder in (*(decoders[name] for name in late), *blind.values()):
+        decoder.compile()
+    calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
+    calls["prompt lookup"] = lambda ids: transformers_generate(
+        model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
+    )
+    for name, decoder in decoders.items():
+        calls[name] = lambda ids, decoder=decoder: decoder.generate([ids[0]], max_new_tokens, eos)[0]
+    return Contestants(decoders, calls, blind)
+
+
+def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: int, past: int) -> dict:
+    """Measure all contestants on ``prompts``; returns a report that can be written as JSON.
+
+    A row has tokens per pass, milliseconds per pass and their parts, tokens a second, the ratios to both
+    baselines, the share of the achievable, and identity of the text; ``without_loops`` holds the same
+    counts over the answers that do not loop.
+    """
+    timings = compare(contestants.calls, prompts, repeats)
+    keep = without_loops(timings[LOOP])
+    keep = keep if any(keep) else [True] * len(keep)
+    steps = time_steps(contestants.decoders | contestants.blind, past)
+    rows = {}
+    for name, timing in timings.items():
+        rows[name] = figures(timing, timings, None) | dict(
+            spread_vs_generate=[round(x, 3) for x in timing.spread(timings[GENERATE])],
+            identical=identity(model, timing, timings[LOOP]),
+            without_loops=figures(timing, timings, keep),
+        )
+        if name in contestants.decoders:
+            size = contestants.decoders[name].draft.size
+            check = steps[size] if size > 1 else steps[name]
+            rows[name] |= parts(timing, steps[name], check) | dict(tree=size)
+            for row in (rows[name], rows[name]["without_loops"]):
+                achievable = row["tokens_per_pass"] * steps[LOOP] / check
+                row["share_of_achievable"] = round(row["vs_loop"] / achievable, 3)
+    return dict(
+        machine=machine(model),
+        prompts=len(prompts),
+        repeats=repeats,
+        loop_share=round(1 - sum(keep) / len(keep), 3),
+        compile_seconds=round(contestants.compile_seconds, 1),
+        rows=rows,
+    )
+
+
+def figures(timing: Timing, timings: dict[str, Timing], keep: list[bool] | None) -> dict:
+    """Tokens per pass, speed and ratios of one contestant, over all prompts or those kept."""
+    return dict(
+        tokens_per_pass=round(timing.tokens_per_pass(keep), 3),
+        tokens_per_second=round(timing.tokens_per_second(keep), 1),
+        vs_generate=round(speedup(timing, timings[GENERATE], keep), 3),
+        vs_loop=round(speedup(timing, timings[LOOP], keep), 3),
+    )
+
+
+def parts(timing: Timing, step: float, check: float) -> dict:
+    """Milliseconds of an average pass and where they go.
+
+    ``step`` and ``check`` are seconds of a whole step and of one that guesses at no cost. The rest is what
+    the host does between steps, and the prompt's pass.
+    """
+    passes = sum(len(generation.steps) for generation in timing.generations)
+    whole = timing.total_seconds() / passes
+    values = dict(ms_per_pass=whole, ms_verify_accept=check, ms_draft=step - check, ms_rest=whole - step)
+    return {name: round(value * 1e3, 3) for name, value in values.items()}
+
+
+COLUMNS = {
+    "tokens per pass": "tokens_per_pass",
+    "ms per pass": "ms_per_pass",
+    "verify + accept": "ms_verify_accept",
+    "draft": "ms_draft",
+    "rest": "ms_rest",
+    "tokens/s": "tokens_per_second",
+    "× generate": "vs_generate",
+    "× our loop": "vs_loop",
+    "share of achievable": "share_of_achievable",
+}
+
+
+def markdown(report: dict, loops: bool = False) -> str:
+    """A report as a Markdown table, without the answers that loop unless ``loops``."""
+    lines = ["| | " + " | ".join(COLUMNS) + " | identical text |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, row in report["rows"].items():
+        values = row if loops else row | row["without_loops"]
+        cells = [f"{values[key]:,.2f}" if key in values else "" for key in COLUMNS.values()]
+        same = row["identical"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {same['identical']} of {same['prompts']} |")
+    return "\n".join(lines)
+
+
+def save(reports: dict[str, dict], folder: Path) -> None:
+    """Write ``benchmark.json`` and ``benchmark.md``: a table for each report, with the machine it is from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(reports, indent=2) + "\n")
+    sections = []
+    for title, report in reports.items():
+        about = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+        note = (
+            f"{report['prompts']} prompts, {report['repeats']} repeats; {report['loop_share']:.0%} of the answers loop"
+        )
+        sections += [f"## {title}", f"{note}. {about}.", "Without the answers that loop:", markdown(report)]
+        sections += ["All answers:", markdown(report, loops=True)]
+    (folder / "benchmark.md").write_text("\n\n".join(["# Benchmark", *sections]) + "\n")

@@ -1,0 +1,136 @@
+"""The README's figures: written from a run's ``results.json`` by this module, never by hand."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+
+from medusa_nb.base_model import ROOT
+from medusa_nb.errors import InputError
+
+README, RESULTS, FIGURE = ROOT / "README.md", ROOT / "data" / "results.json", ROOT / "data" / "figures" / "walk.png"
+START, END = "<!-- from data/results.json: {name} -->", "<!-- end of {name} -->"
+LESSONS = {
+    "01": "one forward pass over many tokens costs hardly more than over one: that slack is what speculation spends",
+    "02": "heads must learn what *this* model says, in the domain it will be used in",
+    "03": "head k reads the hidden state of position t and guesses token t+k+2; the base model never changes",
+    "04": "guess a tree, check it in one pass, keep the longest right path",
+    "05": "every way of decoding side by side, and where the time of a step goes (`make bench`)",
+    "07": "heads in the formats of TGI, vLLM and transformers, read back as their readers do; a server of your own",
+}
+
+
+def notebook_minutes(executed: Path) -> dict[str, float]:
+    """Minutes each notebook in a folder took, from what papermill noted, by its number."""
+    minutes = {}
+    for path in sorted(executed.glob("*.ipynb")):
+        seconds = nbformat.read(path, 4).metadata.get("papermill", {}).get("duration")
+        if seconds is not None:
+            minutes[path.name[:2]] = round(seconds / 60, 1)
+    return minutes
+
+
+def notebook_table(results: dict) -> str:
+    """The notebooks, what they teach and how long they took in the run."""
+    lines = ["| notebook | you learn | minutes, 2 CPU cores |", "|---|---|---|"]
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        number, name = path.stem.split("_", 1)
+        minutes = results["minutes"].get(number)
+        title = f"{number} {name.replace('_', ' ').capitalize()}"
+        shown = "" if minutes is None else f"{minutes:.1f}"
+        lines.append(f"| [{title}](notebooks/{path.name}) | {LESSONS[number]} | {shown} |")
+    return "\n".join(lines)
+
+
+def result_lines(results: dict) -> str:
+    """Tokens per pass, speedups, identity, loops, accuracy, distillation and the data lesson of a run."""
+    machine = results["machine"]
+    about = f"{machine['cores']} cores ({machine['processor']}, torch {machine['torch']})"
+    lines = [f"From one run on {about}:", ""]
+    lines += ["| | in domain | without loops | out of domain |", "|---|---|---|---|"]
+    quantities = {
+        "tokens per pass": "tokens_per_pass",
+        "speedup over `model.generate`": "speedup_vs_generate",
+        "speedup over our own loop without guesses": "speedup_vs_greedy_loop",
+    }
+    for dtype, part in results["speed"].items():
+        for name, key in quantities.items():
+            values = (
+                part.get(domain, {}).get(key) for domain in ("in_domain", "in_domain_without_loops", "out_of_domain")
+            )
+            cells = " | ".join("" if value is None else f"{value:.2f}" for value in values)
+            lines.append(f"| {name}, {dtype} | {cells} |")
+    same = []
+    for dtype, part in results["speed"].items():
+        found = part["identical_to_greedy"]
+        gaps = f" (logit gap at each first difference: {found['gaps']})" if found["gaps"] else ""
+        same.append(f"{dtype}: {found['identical']} of {found['prompts']} texts identical to plain decoding{gaps}")
+    loops = next(iter(results["speed"].values()))["loop_share"]
+    scores = {"heads": results["accuracy"], "plain heads": results["accuracy_plain"]}
+    accuracy = "; ".join(
+        f"{name} " + ", ".join("{top1:.2f} / {top5:.2f}".format(**score) for score in values)
+        for name, values in scores.items()
+    )
+    distillation, lesson = results["distillation"], results["trained_on"]
+    lines += ["", ". ".join(same) + f". {loops:.0%} of the answers loop."]
+    lines += [f"Held-out top-1 / top-5: {accuracy}."]
+    lines += [
+        f"Distillation: {distillation['batched']:,} tokens/s in batches, {distillation['one_by_one']:,} one by one.",
+        "Tokens per pass of heads trained on "
+        + ", ".join(f"{name}: {value:.2f}" for name, value in lesson.items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def fill(text: str, results: dict) -> str:
+    """The README's text with its marked blocks written anew."""
+    for name, block in {"notebooks": notebook_table(results), "results": result_lines(results)}.items():
+        start, end = START.format(name=name), END.format(name=name)
+        if start not in text or end not in text:
+            raise InputError(f"README.md has no block between '{start}' and '{end}'; put the two lines back")
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = f"{before}{start}\n{block}\n{end}{after}"
+    return text
+
+
+def draw(results: dict, file: Path) -> None:
+    """One picture of the run: what wide passes cost, how fast the decoders are, what heads were trained on."""
+    from medusa_nb.display import BASE_COLOR, BASELINE, HEAD_COLORS, set_style
+
+    set_style()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 2.6), width_ratios=(1, 1, 1))
+    latency = {int(n): t for n, t in results["latency_ms"].items()}
+    left.plot(latency.keys(), latency.values(), "o-", color=HEAD_COLORS[0], label="one pass over n tokens")
+    left.plot(latency.keys(), [latency[1] * n for n in latency], "--", color=BASELINE, label="n passes of one token")
+    left.set(xlabel="n", ylabel="milliseconds", ylim=(0, max(latency.values()) * 1.1))
+    left.set_title("a wide pass costs little more …")
+    left.legend(loc="lower right")
+    dtype, part = next(iter(results["speed"].items()))
+    speeds = part.get("tokens_per_second_without_loops", part["tokens_per_second"])
+    bars = {name: value / speeds["model.generate"] for name, value in speeds.items()}
+    trained = results["trained_on"]
+    for axes, values, unit, title in (
+        (middle, bars, f"speed, model.generate = 1 ({dtype}, without loops)", "… so right guesses are speed …"),
+        (right, trained, "tokens per pass", "… if heads learn what this model says"),
+    ):
+        names = list(values)[::-1]
+        colors = [HEAD_COLORS[0] if name in ("Medusa", "own answers") else BASELINE for name in names]
+        axes.bar_label(axes.barh(names, [values[name] for name in names], color=colors), fmt=" %.2f")
+        axes.axvline(1, color=BASE_COLOR, lw=1)
+        axes.set(xlabel=unit, title=title, xlim=(0, max(values.values()) * 1.2))
+        axes.grid(axis="y", visible=False)
+    figure.tight_layout(w_pad=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=125)
+    plt.close(figure)
+
+
+def publish(out: Path) -> None:
+    """Take a learner run's results into ``data/results.json`` and write README and figure from them."""
+    results = json.loads((out / "results.json").read_text())
+    results["minutes"] = notebook_minutes(out)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    README.write_text(fill(README.read_text(), results))
+    draw(results, FIGURE)
