@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     distill.add_argument("--max-new-tokens", type=int, default=256)
     distill.add_argument("--temperature", type=float, default=0.0)
     distill.add_argument("--batch-size", type=int, default=64)
+    distill.add_argument("--server", action="append", help="base URL of an OpenAI-compatible server; may be repeated")
+    distill.add_argument("--concurrency", type=int, default=64, help="requests in flight (with --server)")
+    distill.add_argument("--timeout", type=float, default=300, help="seconds a request may take (with --server)")
     distill.set_defaults(command=command_distill)
 
     train = commands.add_parser("train", help="train heads on answers")
@@ -125,6 +128,14 @@ def command_distill(options) -> None:
     from medusa_nb.prompts import load_prompts
 
     prompts = load_prompts(options.prompts, options.split, options.limit)
+    if options.server:
+        from medusa_nb.remote import describe, distil_remotely, settings_from
+
+        if not options.model:
+            raise InputError("name the model that the server serves with --model")
+        report = distil_remotely(options.server, options.model, prompts, options.out, settings_from(options))
+        print(json.dumps(describe(report), indent=2))
+        return
     model, tokenizer = _load(options)
     settings = DistillationSettings(options.max_new_tokens, options.temperature, options.batch_size)
     print(json.dumps(distil(model, tokenizer, prompts, options.out, settings), indent=2))
