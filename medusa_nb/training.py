@@ -67,12 +67,28 @@ def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
         InputError: no head has any label: the mean would be NaN.
     """
     used = (labels != IGNORED).sum(0)
-    if not used.any():
+    divisor = mean_over_processes(used)
+    if not divisor.any():
         raise InputError(
             "every label of this batch is ignored; the conversations have no answers long enough to guess in"
         )
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape[1], -1).sum(1) / used.clamp(min=1), used
+    return losses.view(labels.shape[1], -1).sum(1) / divisor.clamp(min=1 / world_size()), used
+
+
+def mean_over_processes(used: torch.Tensor) -> torch.Tensor:
+    """Labels per process on average: what a sum is divided by, so that averaging over processes gives the mean."""
+    if world_size() == 1:
+        return used
+    total = used.clone()
+    torch.distributed.all_reduce(total)
+    return total / world_size()
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
 
 
 def label_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -225,3 +241,11 @@ def _claim(folder: Path, settings: TrainingSettings, heads: MedusaHeads, feature
         note.write_text(json.dumps(claim))
     except OSError as error:
         raise InputError(f"cannot write to '{folder}': {error.strerror}; choose another folder") from error
+
+
+if __name__ == "__main__":
+    import sys
+
+    from medusa_nb.distributed import main
+
+    sys.exit(main())
