@@ -126,3 +126,15 @@ def version_1_size(answer: Callable[[int, int, int], int]) -> None:
     if value == 3 * (100 + 10):
         raise NotYet("that is version 2, which shares lm_head; version 1 adds a projection to every head")
     raise NotYet("a head is D * D weights, D biases and V * D for its projection; there are K of them")
+
+
+def states_size(answer: Callable[[int, int], float]) -> None:
+    """06: gigabytes of cached bf16 hidden states."""
+    value = answer(1_000_000, 4096)
+    if abs(value - 8.192) < 1e-6:
+        return _passed()
+    if abs(value - 16.384) < 1e-6:
+        raise NotYet("bf16 takes two bytes a number, not four")
+    if abs(value - 4.096) < 1e-6:
+        raise NotYet("that counts numbers; each of them takes two bytes in bf16")
+    raise NotYet("every position keeps D numbers of two bytes; a gigabyte is 10**9 bytes here")

@@ -17,6 +17,7 @@ LESSONS = {
     "03": "head k reads the hidden state of position t and guesses token t+k+2; the base model never changes",
     "04": "guess a tree, check it in one pass, keep the longest right path",
     "05": "every way of decoding side by side, and where the time of a step goes (`make bench`)",
+    "06": "memory and time worked out first; a server answers, `torchrun` trains: the road for a model of your own",
     "07": "heads in the formats of TGI, vLLM and transformers, read back as their readers do; a server of your own",
 }
 

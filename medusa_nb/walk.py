@@ -24,6 +24,7 @@ class WalkSettings:
     tree_sizes: tuple[int, ...]
     bench_dtypes: tuple[str, ...]
     race_conversations: int
+    server_conversations: int
     learning_rate: float = 2e-3
     ngram_tokens: int = 6
 
@@ -42,6 +43,7 @@ RUNS = {
         tree_sizes=(6, 8, 12, 16),
         bench_dtypes=("float32", "bfloat16"),
         race_conversations=200,
+        server_conversations=120,
     ),
     "smoke": WalkSettings(
         train_prompts=48,
@@ -56,6 +58,7 @@ RUNS = {
         tree_sizes=(6,),
         bench_dtypes=("float32",),
         race_conversations=8,
+        server_conversations=8,
     ),
 }
 

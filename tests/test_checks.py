@@ -21,6 +21,7 @@ RIGHT = [
     lambda: checks.mean_tokens_per_pass(lambda texts: sum(map(sum, texts)) / sum(map(len, texts))),
     lambda: checks.achievable_speedup(lambda tokens, t1, tn: tokens * t1 / tn),
     lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D + V * D)),
+    lambda: checks.states_size(lambda positions, D: positions * D * 2 / 1e9),
 ]
 WRONG = [
     (lambda: checks.break_even(0.5, 1.0, 2.0), "inverse"),
@@ -46,6 +47,9 @@ WRONG = [
     (lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D) + V * D), "is not shared"),
     (lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D)), "that is version 2"),
     (lambda: checks.version_1_size(lambda K, D, V: 0), "a head is D"),
+    (lambda: checks.states_size(lambda positions, D: positions * D * 4 / 1e9), "not four"),
+    (lambda: checks.states_size(lambda positions, D: positions * D / 1e9), "counts numbers"),
+    (lambda: checks.states_size(lambda positions, D: positions * D * 2), "a gigabyte"),
 ]
 
 

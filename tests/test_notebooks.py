@@ -61,8 +61,22 @@ def test_exports_are_made_and_checked(exported):
     assert "read back as tgi does" in text and "read back as vllm does" in text
 
 
-def test_outputs_are_clean(executed, benchmark, exported):
-    for path in [*executed[1], benchmark[1], exported[1]]:
+@pytest.fixture(scope="module")
+def own_model(executed, tmp_path_factory):
+    """The notebook on a model of one's own, with its server and torchrun."""
+    work, _ = executed
+    return work, execute(find("06"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("own"))
+
+
+def test_the_road_to_a_model_of_your_own(own_model):
+    work, _ = own_model
+    assert (work / "own_model" / "heads" / "medusa_lm_head.safetensors").is_file()
+    rows = (work / "own_model" / "answers.jsonl").read_text().splitlines()
+    assert len(rows) == len({json.loads(row)["id"] for row in rows}) > 5
+
+
+def test_outputs_are_clean(executed, benchmark, exported, own_model):
+    for path in [*executed[1], benchmark[1], exported[1], own_model[1]]:
         cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
         assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
         outputs = [o for c in cells for o in c.outputs]
