@@ -1,4 +1,4 @@
-"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure, export."""
+"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure, export, doctor, blank, pack."""
 
 import argparse
 import json
@@ -94,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--dry-run", action="store_true", help="show what --push would send, send nothing")
     export.add_argument("--results", type=Path, help="results.json of the run, for the model card")
     export.set_defaults(command=command_export)
+
+    doctor = commands.add_parser("doctor", help="check whether this machine is ready for the walk")
+    doctor.set_defaults(command=command_doctor)
+    blank = commands.add_parser("blank", help="write the notebooks without the exercises' answers")
+    blank.add_argument("folder", type=Path)
+    blank.set_defaults(command=command_blank)
+    pack = commands.add_parser("pack", help="bundle repository and wheels for a room without network")
+    pack.add_argument("folder", type=Path)
+    pack.set_defaults(command=command_pack)
 
     for command in (distill, train, generate, measure, export):
         command.add_argument("--model", help="folder or hub id of the base model; the shipped one by default")
@@ -265,6 +274,28 @@ def command_export(options) -> None:
         print(f"{'would send' if options.dry_run else 'sent'} to {options.push}:", *files, "", card, sep="\n")
     else:
         print(*(path for path in sorted(options.out.rglob("*")) if path.is_file()), sep="\n")
+
+
+def command_doctor(options) -> None:
+    """Print OK and FAIL lines."""
+    from medusa_nb.workshop import doctor
+
+    if not doctor():
+        raise InputError("this seat is not ready")
+
+
+def command_blank(options) -> None:
+    """Write the exercise versions."""
+    from medusa_nb.workshop import blank
+
+    print(*blank(options.folder), sep="\n")
+
+
+def command_pack(options) -> None:
+    """Make the offline bundle."""
+    from medusa_nb.workshop import pack
+
+    print(pack(options.folder))
 
 
 if __name__ == "__main__":

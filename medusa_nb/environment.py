@@ -26,7 +26,8 @@ def estimate_minutes(settings: WalkSettings, latency: dict[int, float]) -> dict[
     """Minutes of each notebook, from t(n) of this machine.
 
     Distillation and hidden states read 64 rows a pass; training costs about as much as four such rows
-    for each position of each epoch; measuring decodes with four decoders in two number formats.
+    for each position of each epoch, for two kinds of heads; measuring decodes with four decoders in two number
+    formats and compiles a step for every tree size, a dozen seconds each.
     """
     tokens = 0.4 * settings.max_new_tokens  # of an average answer
     answers = settings.train_prompts + settings.calibration_prompts + settings.prose_prompts
@@ -37,7 +38,7 @@ def estimate_minutes(settings: WalkSettings, latency: dict[int, float]) -> dict[
     seconds = {
         "01": 10 + 30 * sum(latency.values()),
         "02": 15 + 2 * answers * tokens * row,
-        "03": 15 + 4 * positions * row,
-        "04": 20 + 4 * compared * row + decoded * latency[1],
+        "03": 15 + 2 * 4 * positions * row,
+        "04": 20 + 4 * compared * row + decoded * latency[1] + 2 * 12 * (len(settings.tree_sizes) + 1),
     }
     return {name: value / 60 for name, value in seconds.items()}
