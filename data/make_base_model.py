@@ -443,8 +443,10 @@ def main() -> None:
     loops = unlearn_loops(model, rows, arguments.work, arguments.loop_rounds)
     export(model, arguments.out)
     model = model.float().eval()
+    earlier = arguments.init.parent / "base_model_report.json" if arguments.init else None
+    before = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
     report = dict(
-        state=state,
+        runs=[*before.get("runs", []), state],
         loops_before_each_round=loops,
         parameters=sum(p.numel() for p in model.parameters()),
         functions=Counter(),

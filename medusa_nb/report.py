@@ -10,7 +10,8 @@ from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
 
 README, RESULTS, FIGURE = ROOT / "README.md", ROOT / "data" / "results.json", ROOT / "data" / "figures" / "walk.png"
-START, END = "<!-- from data/results.json: {name} -->", "<!-- end of {name} -->"
+CARD, RECIPE = ROOT / "data" / "README.md", ROOT / "data" / "base_model_report.json"
+START, END = "<!-- written by medusa_nb.report: {name} -->", "<!-- end of {name} -->"
 LESSONS = {
     "01": "one forward pass over many tokens costs hardly more than over one: that slack is what speculation spends",
     "02": "heads must learn what *this* model says, in the domain it will be used in",
@@ -85,15 +86,55 @@ def result_lines(results: dict) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, results: dict) -> str:
-    """The README's text with its marked blocks written anew."""
-    for name, block in {"notebooks": notebook_table(results), "results": result_lines(results)}.items():
+def base_model_facts(report: dict) -> str:
+    """What the recipe of the base model reported: data, training, loss, loops."""
+    runs, functions = report["runs"], report["functions"]
+    minutes, tokens = sum(r["seconds"] for r in runs) / 60, sum(r["tokens"] for r in runs) / 1e6
+    supervised, steps = sum(r["supervised"] for r in runs) / 1e6, sum(r["step"] for r in runs)
+    lines = ["| | |", "|---|---|", f"| parameters | {report['parameters'] / 1e6:.1f} million |"]
+    lines.append(
+        f"| functions | {functions['train']:,} for training; {functions['calibration']:,} of the split `calibration` "
+        f"and {functions['test']:,} of `test` were never seen |"
+    )
+    lines.append(
+        f"| training | {minutes:.0f} minutes on 2 CPU cores in {len(runs)} runs, {steps:,} steps, {tokens:.1f} million "
+        f"tokens, of which {supervised:.1f} million supervised |"
+    )
+    lines.append(
+        f"| loss | **{report['bits_per_byte_test_all_sources']:.3f} bits per byte** on the assistant turns of 2,000 "
+        f"random `test` functions of all sources, **{report['bits_per_byte_test_stdlib']:.3f}** on those of the "
+        "standard library |"
+    )
+    if "loops_test_stdlib" in report:
+        share = report["loops_test_stdlib"]
+        lines.append(f"| loops | **{share:.1%}** of 200 greedy answers, up to 256 tokens, to stdlib `test` functions |")
+    if rounds := report.get("loops_before_each_round"):
+        shares = ", then ".join(f"{share:.0%}" for share in rounds)
+        lines.append(
+            f"| loops before each round of unlearning them | {shares} of greedy answers to `train` functions |"
+        )
+    return "\n".join(lines)
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """A text with its marked blocks written anew."""
+    for name, block in blocks.items():
         start, end = START.format(name=name), END.format(name=name)
         if start not in text or end not in text:
-            raise InputError(f"README.md has no block between '{start}' and '{end}'; put the two lines back")
+            raise InputError(f"there is no block between '{start}' and '{end}'; put the two lines back")
         before, after = text.split(start)[0], text.split(end)[1]
         text = f"{before}{start}\n{block}\n{end}{after}"
     return text
+
+
+def readme(text: str, results: dict) -> str:
+    """The README with the figures of a run."""
+    return fill(text, {"notebooks": notebook_table(results), "results": result_lines(results)})
+
+
+def card(text: str, report: dict) -> str:
+    """The base model's card with the figures of its recipe."""
+    return fill(text, {"facts": base_model_facts(report)})
 
 
 def draw(results: dict, file: Path) -> None:
@@ -133,5 +174,6 @@ def publish(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     results["minutes"] = notebook_minutes(out)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    README.write_text(fill(README.read_text(), results))
+    README.write_text(readme(README.read_text(), results))
+    CARD.write_text(card(CARD.read_text(), json.loads(RECIPE.read_text())))
     draw(results, FIGURE)
