@@ -67,7 +67,7 @@ def answer_all(
             if sampler:
                 sampler.streams = streams
             longest = max(len(request.prompt) + len(request.tokens) for request in active)
-            said, hidden = verifier.check(draft(state), state.lengths, span=longest)
+            said, _, hidden = verifier.check(draft(state), state.lengths, span=longest)
             state = State(said[:, 0], hidden[:, 0], state.lengths + 1)
             tokens, first = state.root.tolist(), 0
         going = [True] * first + [r.take(token, ends) for r, token in zip(active[first:], tokens, strict=True)]

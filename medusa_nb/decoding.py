@@ -14,7 +14,7 @@ from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, refus
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, Tree
-from medusa_nb.verification import Choose, Verifier, best
+from medusa_nb.verification import Accept, Choose, Verifier, best, same
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Decoder:
         slots: how many texts are decoded at once.
         capacity: room of a slot: prompt, new tokens and one tree.
         choose: what counts as said by the base model; greedy by default, see :mod:`medusa_nb.sampling`.
+        accept: which guesses count as right; the lossless rule by default.
         draft: another source of candidates than ``heads`` in ``tree``, see :mod:`medusa_nb.drafting`.
 
     Raises:
@@ -75,12 +76,13 @@ class Decoder:
         capacity: int,
         slots: int = 1,
         choose: Choose = best,
+        accept: Accept = same,
         draft: TreeDraft | DynamicDraft | None = None,
     ):
         refuse_unsuitable(model.config, model.config._name_or_path or type(model).__name__, type(model))
         refuse_deep(tree, heads)
         self.model, self.slots, self.capacity = model, slots, capacity
-        self.verifier = Verifier(model, slots, capacity, choose)
+        self.verifier = Verifier(model, slots, capacity, choose, accept)
         self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
         self.run, self.fixed_span, self.compile_seconds, self.why_eager = self.step, None, None, ""
 
@@ -92,12 +94,13 @@ class Decoder:
             accepted, what was emitted, the accepted path, the candidates' tokens.
         """
         candidates = self.draft(state)
-        said, hidden = self.verifier.check(candidates, state.lengths, span)
-        path, count = longest_right_path(candidates, said, self.draft.depth)
+        said, right, hidden = self.verifier.check(candidates, state.lengths, span)
+        path, count = longest_right_path(candidates, right, self.draft.depth)
         self.verifier.keep(path, state.lengths)
-        emitted = said.gather(1, path)  # an accepted guess is what was said one node above it
         last = path.gather(1, count.unsqueeze(1) - 1)
-        root = said.gather(1, last)[:, 0]
+        root = said.gather(1, last)  # what the base model says after the path comes on top of it
+        emitted = candidates.tokens.gather(1, path).roll(-1, 1).scatter(1, count.unsqueeze(1) - 1, root)
+        root = root[:, 0]
         hidden = hidden.gather(1, last.unsqueeze(2).expand(-1, -1, hidden.shape[2]))[:, 0]
         text = state.text
         if text is not None:
@@ -222,26 +225,23 @@ class Decoder:
         return results
 
 
-def longest_right_path(candidates: Candidates, said: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The longest path of guesses that are what the base model says at their parent.
-
-    A node is reached if it and all nodes above it are right; the deepest one that is reached ends the path.
+def longest_right_path(candidates: Candidates, right: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The longest path of right guesses: a node is reached if it and all nodes above it are right.
 
     Args:
         candidates: trees of B texts.
-        said: ``[B, N]``, the base model's token after each node.
+        right: ``[B, N]``, whether each guess is right at its place; what it says of the root is not asked.
         depth: the depth a tree can have.
 
     Returns:
         The path ``[B, depth + 1]`` as node numbers from the root on, and how many of them count ``[B]``.
     """
-    right = candidates.tokens == said.gather(1, candidates.parents)
     right = right | (candidates.depths == 0)  # the root is certain
     reached = (right.unsqueeze(1) | ~candidates.ancestors).all(2)  # [B, N]
     deepest = torch.where(reached, candidates.depths, -1)
     end = deepest.argmax(1, keepdim=True)  # [B, 1]
-    row = candidates.ancestors.gather(1, end.unsqueeze(2).expand(-1, -1, said.shape[1]))  # [B, 1, N]
-    levels = torch.arange(depth + 1, device=said.device).view(1, -1, 1)
+    row = candidates.ancestors.gather(1, end.unsqueeze(2).expand(-1, -1, right.shape[1]))  # [B, 1, N]
+    levels = torch.arange(depth + 1, device=right.device).view(1, -1, 1)
     path = (row & (candidates.depths.unsqueeze(1) == levels)).int().argmax(2)
     return path, deepest.gather(1, end)[:, 0] + 1
 

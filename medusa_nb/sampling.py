@@ -64,6 +64,26 @@ class RowSampler(Sampler):
         return torch.stack([torch.rand(shape[1:], generator=stream) for stream in self.streams])
 
 
+class TypicalAcceptance:
+    """Accept guesses the base model finds probable enough. **Not lossless**: the text's distribution changes.
+
+    A guess is kept if its probability is above ``min(epsilon, delta * exp(-entropy))``: where the model itself
+    is undecided, more passes (Cai et al., arXiv 2401.10774, section 2.3.1). Pass it as ``accept``, with a
+    :class:`Sampler` as ``choose``.
+    """
+
+    def __init__(self, sampler: Sampler, epsilon: float = 0.09, delta: float = 0.3):
+        self.sampler, self.epsilon, self.delta = sampler, epsilon, delta
+
+    def __call__(self, logits: torch.Tensor, said: torch.Tensor, candidates) -> torch.Tensor:
+        p = self.sampler.probabilities(logits)  # [B, N, V]
+        entropy = torch.special.entr(p).sum(-1)
+        bound = torch.minimum(torch.tensor(self.epsilon, device=p.device), self.delta * torch.exp(-entropy))
+        above = candidates.parents.unsqueeze(2).expand(-1, -1, p.shape[2])
+        own = p.gather(1, above).gather(2, candidates.tokens.unsqueeze(2))[..., 0]
+        return own > bound.gather(1, candidates.parents)
+
+
 def stream(*parts) -> torch.Generator:
     """A stream of random numbers that depends on ``parts`` (numbers or words) only."""
     return torch.Generator().manual_seed(zlib.crc32(":".join(map(str, parts)).encode()))

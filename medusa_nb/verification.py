@@ -13,6 +13,12 @@ from medusa_nb.drafting import Candidates, State
 from medusa_nb.kv_cache import SlotCache
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
+Accept = Callable[[torch.Tensor, torch.Tensor, Candidates], torch.Tensor]
+
+
+def same(logits: torch.Tensor, said: torch.Tensor, candidates: Candidates) -> torch.Tensor:
+    """The lossless rule: a guess is right where it is what the base model says at its parent. ``[B, N]`` bool."""
+    return candidates.tokens == said.gather(1, candidates.parents)
 
 
 def best(logits: torch.Tensor) -> torch.Tensor:
@@ -23,11 +29,13 @@ def best(logits: torch.Tensor) -> torch.Tensor:
 class Verifier:
     """A model with a buffer for ``slots`` texts of at most ``capacity`` tokens, candidates included.
 
-    ``choose`` says what the base model says: logits ``[..., V]`` -> token ids ``[...]``.
+    ``choose`` says what the base model says: logits ``[..., V]`` -> token ids ``[...]``; ``accept`` which guesses
+    are right.
     """
 
-    def __init__(self, model, slots: int, capacity: int, choose: Choose = best):
-        self.backbone, self.lm_head, self.choose = model.base_model, model.get_output_embeddings(), choose
+    def __init__(self, model, slots: int, capacity: int, choose: Choose = best, accept: Accept = same):
+        self.backbone, self.lm_head = model.base_model, model.get_output_embeddings()
+        self.choose, self.accept = choose, accept
         self.device, self.dtype = self.lm_head.weight.device, model.dtype
         self.slots, self.capacity = torch.arange(slots, device=self.device), capacity
         self.cache = SlotCache(slots, capacity)
@@ -48,8 +56,11 @@ class Verifier:
         hidden = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         return State(self.choose(self.lm_head(hidden)), hidden, lengths)
 
-    def check(self, candidates: Candidates, lengths: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the base model says after each candidate ``[B, N]``, and the states it says it from ``[B, N, D]``.
+    def check(
+        self, candidates: Candidates, lengths: torch.Tensor, span: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the base model says after each candidate ``[B, N]``, whether the candidate itself is right at its
+        place ``[B, N]``, and the states ``[B, N, D]``.
 
         ``span``: columns that attention reads, at least the longest text and its candidates.
         """
@@ -62,7 +73,9 @@ class Verifier:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        return self.choose(self.lm_head(hidden)), hidden
+        logits = self.lm_head(hidden)
+        said = self.choose(logits)
+        return said, self.accept(logits, said, candidates), hidden
 
     def keep(self, path: torch.Tensor, lengths: torch.Tensor) -> None:
         """Make the accepted path ``[B, P]`` part of each text; all other candidates are forgotten."""

@@ -26,6 +26,7 @@ from medusa_nb.drafting import Candidates, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, chain, tree_from_paths
+from medusa_nb.verification import same
 
 VOCABULARY, CONTEXT = 50, 96
 SIZES = dict(
@@ -197,7 +198,8 @@ def walked_path(tree, tokens: list[int], said: list[int]) -> list[int]:
 def right_path(tree, tokens: list[int], said: list[int]) -> list[int]:
     draft = TreeDraft(None, tree, "cpu")
     shape = (x.unsqueeze(0) for x in (draft.parents, draft.depths, draft.ancestors))
-    path, count = longest_right_path(Candidates(torch.tensor([tokens]), *shape), torch.tensor([said]), tree.depth)
+    candidates, said = Candidates(torch.tensor([tokens]), *shape), torch.tensor([said])
+    path, count = longest_right_path(candidates, same(None, said, candidates), tree.depth)
     return path[0, : count[0]].tolist()
 
 

@@ -1,5 +1,6 @@
 """Sampling with heads draws from the distribution of plain sampling."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from test_decoding import prompt, random_heads
 
 from medusa_nb.decoding import Decoder
 from medusa_nb.errors import InputError
-from medusa_nb.sampling import RowSampler, Sampler, stream
+from medusa_nb.sampling import RowSampler, Sampler, TypicalAcceptance, stream
 from medusa_nb.tree import tree_from_paths
 
 
@@ -76,6 +77,28 @@ def test_a_wrong_rule_would_be_noticed():
         observed[key] -= moved
         observed[greedy] += moved
     assert chi_square(observed, expected, 6000) > 1.6
+
+
+def test_typical_acceptance_keeps_what_is_probable_enough():
+    model = small_llama(vocab_size=12, std=0.25)
+    heads, ids, sampler = random_heads(model, 2), prompt(6) % 12, Sampler(seed=1)
+    tree = tree_from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)])
+    lengths = {}
+    for epsilon in (0.0, 0.05, 0.99):
+        typical = TypicalAcceptance(sampler, epsilon, delta=1.0)
+        decoder = Decoder(model, heads, tree, capacity=64, choose=sampler, accept=typical)
+        [result] = decoder.generate([ids[0]], 40, eos_token_id=[])
+        lengths[epsilon] = max(result.tokens_per_pass)
+        text = ids[0].tolist()
+        for step in result.steps:
+            for place, token in enumerate(step.emitted):
+                p = sampler.probabilities(model(torch.tensor([text])).logits[:, -1])[0]
+                bound = min(epsilon, math.exp(-torch.special.entr(p).sum().item()))
+                guessed = place < len(step.path) - 1
+                assert not guessed or p[token] > bound - 1e-5
+                text.append(token)
+    assert lengths[0.0] == 3  # everything passes: the deepest path is always taken
+    assert lengths[0.99] <= lengths[0.0]
 
 
 def test_rows_have_their_own_streams():
