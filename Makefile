@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab bench notebooks clean
+.PHONY: run test lab bench notebooks site clean
 
 run: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb run
@@ -23,6 +23,9 @@ bench: $(VENV)/.walk
 notebooks: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb run --keep-outputs
 	$(BIN)/python -m medusa_nb run --only 05 --keep-outputs
+
+site: $(VENV)/.walk
+	$(BIN)/python -m medusa_nb site build/site
 
 lab: $(VENV)/.walk
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/01_environment_setup.ipynb

@@ -1,4 +1,4 @@
-"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure, export, doctor, blank, pack."""
+"""``python -m medusa_nb COMMAND``: run, distill, train, generate, measure, export, doctor, blank, site, pack."""
 
 import argparse
 import json
@@ -100,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     blank = commands.add_parser("blank", help="write the notebooks without the exercises' answers")
     blank.add_argument("folder", type=Path)
     blank.set_defaults(command=command_blank)
+    site = commands.add_parser("site", help="write the executed notebooks as self-contained web pages")
+    site.add_argument("folder", type=Path)
+    site.set_defaults(command=command_site)
     pack = commands.add_parser("pack", help="bundle repository and wheels for a room without network")
     pack.add_argument("folder", type=Path)
     pack.set_defaults(command=command_pack)
@@ -289,6 +292,13 @@ def command_blank(options) -> None:
     from medusa_nb.workshop import blank
 
     print(*blank(options.folder), sep="\n")
+
+
+def command_site(options) -> None:
+    """Write the pages."""
+    from medusa_nb.site import build_site
+
+    print(*build_site(options.folder), sep="\n")
 
 
 def command_pack(options) -> None:

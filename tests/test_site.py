@@ -1,0 +1,34 @@
+"""The site is complete and asks nothing of the network."""
+
+import re
+
+import pytest
+
+from medusa_nb.run import notebooks
+from medusa_nb.site import OUTSIDE, build_site
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return {path.name: path.read_text() for path in build_site(tmp_path_factory.mktemp("site"))}
+
+
+def test_every_notebook_has_a_page_and_the_index_links_to_it(pages):
+    for notebook in notebooks():
+        assert f"{notebook.stem}.html" in pages
+        assert f'href="{notebook.stem}.html"' in pages["index.html"]
+    assert "GLOSSARY.html" in pages
+
+
+def test_no_page_requests_anything_from_outside(pages):
+    for name, text in pages.items():
+        assert not OUTSIDE.search(text), name
+        assert not re.search(r"@import\s+url\(['\"]?https?:", text), name
+        loaded = re.findall(r"\b(?:require|import)\(['\"]https?:[^'\"]*", text)
+        assert not loaded, (name, loaded)
+
+
+def test_links_between_pages_lead_to_pages(pages):
+    for name, text in pages.items():
+        for target in re.findall(r'href="([\w]+\.html)"', text):
+            assert target in pages, (name, target)
