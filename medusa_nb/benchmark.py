@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from medusa_nb.decoding import Decoder
-from medusa_nb.drafting import DynamicDraft
+from medusa_nb.drafting import DraftVocabulary, DynamicDraft, TreeDraft
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
     BlindDraft,
@@ -52,13 +52,17 @@ def prepare(
     heads: MedusaHeads,
     counts: Counter,
     ngram_worth: torch.Tensor,
+    frequent: torch.Tensor,
     *,
     sizes: tuple[int, ...],
     capacity: int,
     max_new_tokens: int,
     eos: list[int],
 ) -> Contestants:
-    """Make and compile all contestants for one model and dtype; each static tree has its own best size."""
+    """Make and compile all contestants for one model and dtype; each static tree has its own best size.
+
+    ``frequent`` are the ids of the draft vocabulary, see :func:`~medusa_nb.drafting.frequent_tokens`.
+    """
     device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
     static = fastest_decoder(model, heads, counts, sizes, capacity)
     size, pool = static.draft.size, build_tree(counts, POOL)
@@ -67,6 +71,11 @@ def prepare(
         LOOP: Decoder(model, capacity=capacity),
         "Medusa, plain heads": fastest_decoder(model, plain_heads, plain_counts, sizes, capacity),
         "Medusa, heads see the root": static,
+        "Medusa, draft vocabulary": Decoder(
+            model,
+            capacity=capacity,
+            draft=TreeDraft(heads, static.draft.tree, device, DraftVocabulary(heads, frequent)),
+        ),
         "Medusa, dynamic tree": Decoder(
             model, capacity=capacity, draft=DynamicDraft(heads, pool, min(size, len(pool)), device)
         ),
@@ -78,7 +87,7 @@ def prepare(
         n: Decoder(model, capacity=capacity, draft=BlindDraft(n, vocabulary, device))
         for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
     }
-    late = [LOOP, "Medusa, dynamic tree", "Medusa, dynamic tree with n-grams"]
+    late = [LOOP, "Medusa, draft vocabulary", "Medusa, dynamic tree", "Medusa, dynamic tree with n-grams"]
     for decoder in (*(decoders[name] for name in late), *blind.values()):
         decoder.compile()
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}

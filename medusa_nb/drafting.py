@@ -4,6 +4,7 @@ A draft turns the state after the last accepted token into a candidate tree for 
 stays on the model's device, in fixed shapes.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,40 @@ class Candidates(NamedTuple):
     ancestors: torch.Tensor
 
 
+class DraftVocabulary:
+    """The token ids that may be guessed, and their rows of lm_head: fewer logits to compute at every step.
+
+    Rare tokens are then never guessed, which costs little: the base model still says them itself
+    (FR-Spec, arXiv 2502.14856).
+    """
+
+    def __init__(self, heads: MedusaHeads, ids: torch.Tensor):
+        if heads.projection is not None:
+            raise InputError("these heads have their own projections; a draft vocabulary is for the shared lm_head")
+        lm_head = heads.shared[0].weight
+        self.ids = ids.to(lm_head.device)
+        self.projection = lm_head.detach()[self.ids].clone()
+
+
+def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
+    """The ``count`` ids that occur most often in answers, in ascending order."""
+    tally = Counter(token for answer in answers for token in answer)
+    return torch.tensor(sorted(token for token, _ in tally.most_common(count)))
+
+
 class TreeDraft:
-    """The same tree at every step, filled with each head's best guesses."""
+    """The same tree at every step, filled with each head's best guesses, of a draft vocabulary if given."""
 
     reads_text = False
 
-    def __init__(self, heads: MedusaHeads | None, tree: Tree, device: torch.device | str):
-        self.heads, self.tree = heads, tree
+    def __init__(
+        self,
+        heads: MedusaHeads | None,
+        tree: Tree,
+        device: torch.device | str,
+        vocabulary: DraftVocabulary | None = None,
+    ):
+        self.heads, self.tree, self.vocabulary = heads, tree, vocabulary
         self.size, self.depth = len(tree), tree.depth
         self.guess_index = tree.guess_index.to(device)
         self.parents = torch.tensor([max(0, parent) for parent in tree.parents], device=device)
@@ -57,11 +85,11 @@ class TreeDraft:
 
     def fill(self, state: State) -> torch.Tensor:
         """The candidates' tokens ``[B, N]``."""
-        return guess(self.heads, state.hidden, state.root, self.tree, self.guess_index)
+        return guess(self.heads, state.hidden, state.root, self.tree, self.guess_index, self.vocabulary)
 
 
 def guess(
-    heads: MedusaHeads | None, hidden: torch.Tensor, root: torch.Tensor, tree: Tree, guess_index=None
+    heads: MedusaHeads | None, hidden: torch.Tensor, root: torch.Tensor, tree: Tree, guess_index=None, vocabulary=None
 ) -> torch.Tensor:
     """The tree's candidate tokens ``[B, N]``: the root, then each node's guess by its head and rank.
 
@@ -70,7 +98,9 @@ def guess(
     if len(tree) == 1:
         return root.unsqueeze(1)
     guess_index = tree.guess_index.to(root.device) if guess_index is None else guess_index
-    top = heads(hidden, tree.depth, root).topk(tree.width, dim=-1).indices  # [depth, B, width]
+    logits = heads(hidden, tree.depth, root, vocabulary.projection if vocabulary else None)
+    top = logits.topk(tree.width, dim=-1).indices  # [depth, B, width]
+    top = vocabulary.ids[top] if vocabulary else top
     return torch.cat([root.unsqueeze(1), top.transpose(0, 1).flatten(1)[:, guess_index]], dim=1)
 
 

@@ -89,11 +89,19 @@ class MedusaHeads(nn.Module):
         """Whether the heads read the root's embedding, too."""
         return self.root_weight is not None
 
-    def forward(self, hidden: torch.Tensor, count: int | None = None, root: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        count: int | None = None,
+        root: torch.Tensor | None = None,
+        projection: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``.
 
-        ``root``: token ids ``[...]`` that the base model says from these states; needed by heads that see
-        the root, ignored by others.
+        Args:
+            root: token ids ``[...]`` that the base model says from these states; needed by heads that see the
+                root, ignored by others.
+            projection: ``[V', D]`` to use in place of the shared lm_head: some of its rows.
         """
         count = self.num_heads if count is None else count
         x = hidden.reshape(1, -1, hidden.shape[-1]).expand(count, -1, -1)  # [K, rows, D]
@@ -106,7 +114,9 @@ class MedusaHeads(nn.Module):
             said = self.shared[1](root.reshape(1, -1)).to(x.dtype).expand(count, -1, -1)
             weight, bias = self.root_weight[:count].transpose(1, 2), self.root_bias[:count]
             x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), torch.cat([x, said], dim=2), weight))
-        if self.projection is None:
+        if projection is not None:
+            logits = F.linear(x, projection)
+        elif self.projection is None:
             logits = self.shared[0](x)
         else:
             logits = x @ self.projection[:count].transpose(1, 2)

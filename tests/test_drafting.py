@@ -10,7 +10,7 @@ from test_decoding import CONFIGS, prompt, random_heads
 from test_heads import seeing_heads
 
 from medusa_nb.decoding import Decoder, greedy_generate
-from medusa_nb.drafting import DynamicDraft, State
+from medusa_nb.drafting import DraftVocabulary, DynamicDraft, State, TreeDraft, frequent_tokens
 from medusa_nb.errors import InputError
 from medusa_nb.ngrams import ngram_guesses, ngram_worth
 from medusa_nb.tree import chain
@@ -117,3 +117,27 @@ def test_pools_that_are_refused(small_model):
         DynamicDraft(random_heads(small_model, 2), chain(2), 9, "cpu")
     with pytest.raises(InputError, match="3 guesses deep.*2 heads"):
         DynamicDraft(random_heads(small_model, 2), chain(3), 2, "cpu")
+
+
+def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
+    heads, tree = seeing_heads(small_model, 2), chain(2)
+    ids = torch.arange(1, 50, 2)
+    draft = TreeDraft(heads, tree, "cpu", DraftVocabulary(heads, ids))
+    state = State(torch.tensor([3]), torch.randn(1, 32), torch.tensor([5]))
+    logits = heads(state.hidden, root=state.root)[:, 0]
+    expected = [ids[logits[k, ids].argmax()].item() for k in range(2)]
+    assert draft(state).tokens[0].tolist() == [3, *expected]
+    decoder = Decoder(small_model, draft=draft, capacity=60)
+    plain = greedy_generate(small_model, prompt(5), 40, eos_token_id=[])
+    assert decoder.generate([prompt(5)[0]], 40, eos_token_id=[])[0].new_tokens == plain.new_tokens
+
+
+def test_frequent_tokens_are_those_said_most():
+    assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [2, 5]
+
+
+def test_own_projections_have_no_draft_vocabulary(small_model):
+    from medusa_nb.heads import MedusaHeads
+
+    with pytest.raises(InputError, match="own projections"):
+        DraftVocabulary(MedusaHeads.for_model(small_model, 1, own_projection=True), torch.arange(3))
