@@ -22,7 +22,7 @@ bench: $(VENV)/.walk
 
 notebooks: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb run --keep-outputs
-	$(BIN)/python -m medusa_nb run --only 05 --keep-outputs
+	$(BIN)/python -m medusa_nb run --only 05 06 07 --keep-outputs
 
 site: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb site build/site

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--keep-outputs",
         action="store_true",
-        help="put outputs into notebooks/, and a whole learner run's figures into README.md",
+        help="put outputs into notebooks/, and a learner run's figures into README.md",
     )
     run.set_defaults(command=command_run)
 
@@ -128,7 +128,7 @@ def command_run(options) -> None:
     out = run_walk("smoke" if options.smoke else "learner", options.only, dict(options.p))
     if options.keep_outputs:
         keep_outputs(out)
-        if not options.smoke and not options.only:
+        if not options.smoke:
             publish(out)
     if (out / "results.json").exists():
         print(result_table(json.loads((out / "results.json").read_text())))
