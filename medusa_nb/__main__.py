@@ -127,7 +127,7 @@ def command_run(options) -> None:
 
     out = run_walk("smoke" if options.smoke else "learner", options.only, dict(options.p))
     if options.keep_outputs:
-        keep_outputs(out)
+        keep_outputs(out, options.only)
         if not options.smoke:
             publish(out)
     if (out / "results.json").exists():

@@ -115,9 +115,13 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
     return out
 
 
-def keep_outputs(out: Path) -> None:
-    """Copy the outputs of executed notebooks in ``out`` into ``notebooks/``, without papermill's traces."""
-    for executed in sorted(out.glob("*.ipynb")):
+def keep_outputs(out: Path, only: list[str] | None = None) -> None:
+    """Copy the outputs of the walk (or of ``only`` some notebooks), executed in ``out``, into ``notebooks/``.
+
+    Papermill's traces are removed.
+    """
+    names = [find(name).name for name in only] if only else [notebook.name for notebook in walk()]
+    for executed in sorted(out / name for name in names):
         notebook = nbformat.read(executed, 4)
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
         notebook.metadata.pop("papermill", None)

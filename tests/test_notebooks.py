@@ -1,6 +1,7 @@
 """Every notebook runs in its smoke form, and is the kind of notebook papermill can be trusted with."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
@@ -126,7 +127,13 @@ def test_failing_cell_is_named(tmp_path, source, message):
 
 
 def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatch):
+    for notebook in walk():
+        shutil.copy(notebook, tmp_path)
     monkeypatch.setattr("medusa_nb.run.NOTEBOOKS", tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    keep_outputs(executed[1][0].parent, only=["02"])
+    changed = [path.name for path in tmp_path.iterdir() if path.read_text() != before[path.name]]
+    assert changed == ["02_self_distillation.ipynb"]
     keep_outputs(executed[1][0].parent)
     for path in walk_of(tmp_path):
         notebook = nbformat.read(path, 4)
