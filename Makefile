@@ -20,7 +20,7 @@ bench: $(VENV)/.walk
 	test -f build/walk/learner/heads/rank_counts.json || $(BIN)/python -m medusa_nb run
 	$(BIN)/python -m medusa_nb run --only 05
 
-notebooks: $(VENV)/.walk
+notebooks: $(VENV)/.test
 	$(BIN)/python -m medusa_nb run --keep-outputs
 	$(BIN)/python -m medusa_nb run --only 05 06 07 --keep-outputs
 
