@@ -19,6 +19,7 @@ from datasets import Dataset
 from medusa_nb.distillation import _claim, _sync, _write, is_loop, read_lines
 from medusa_nb.errors import InputError
 from medusa_nb.progress import progress
+from medusa_nb.server import openai_package
 
 FINAL = {400, 401, 403, 404, 413, 422}  # asking again would not help
 
@@ -76,10 +77,10 @@ def distil_remotely(
 
 
 async def _answer_all(urls, model, rows: list[dict], file: Path, settings: RemoteSettings) -> dict:
-    from openai import AsyncOpenAI
-
     key = os.environ.get("OPENAI_API_KEY", "none")
-    clients = [AsyncOpenAI(base_url=u, api_key=key, max_retries=0, timeout=settings.timeout) for u in urls]
+    clients = [
+        openai_package().AsyncOpenAI(base_url=u, api_key=key, max_retries=0, timeout=settings.timeout) for u in urls
+    ]
     report = dict(answered=0, failed={}, retries=Counter(), tokens=0, seconds=0.0)
     bar = progress(len(rows), "conversation", "answering")
     waiting = iter(enumerate(rows))
@@ -136,9 +137,7 @@ async def _answer(clients, number: int, model: str, row: dict, settings: RemoteS
 
 async def _ask(clients, number, model, messages, settings: RemoteSettings, retries: Counter) -> tuple[str, str, tuple]:
     """One turn's text, finish_reason and token counts; tries again, on the next server, after what may pass."""
-    import openai
-
-    reason = ""
+    openai, reason = openai_package(), ""
     for attempt in range(settings.attempts):
         if attempt:
             retries[reason] += 1

@@ -67,10 +67,21 @@ def wait_until_ready(server: subprocess.Popen, url: str, timeout: float, log) ->
     raise InputError(f"the server did not come up: {last[-1]}")
 
 
+def openai_package():
+    """The ``openai`` client, which is an optional package.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise InputError("asking a server needs the openai package; install requirements-serve.txt") from error
+    return openai
+
+
 def ask(url: str, model: str | Path, messages: list[dict], max_tokens: int) -> str:
     """One greedy answer from an OpenAI-compatible server."""
-    from openai import OpenAI
-
-    client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300)
+    client = openai_package().OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300)
     answer = client.chat.completions.create(model=str(model), messages=messages, max_tokens=max_tokens, temperature=0)
     return answer.choices[0].message.content

@@ -218,6 +218,12 @@ def test_the_key_comes_from_the_environment_and_stays_there(server, tmp_path, mo
     assert "sk-secret" not in output.out + output.err + (tmp_path / "a.jsonl").read_text()
 
 
+def test_a_missing_client_is_said(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match="install requirements-serve.txt"):
+        distil_remotely([url(server)], "m", prompts(1), tmp_path / "a.jsonl", QUICK)
+
+
 def test_pieces_of_a_text_show_its_loops():
     from medusa_nb.distillation import is_loop
 
