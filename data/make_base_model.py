@@ -327,13 +327,14 @@ def unlikelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def unlearn_loops(
-    model, rows, folder: Path, rounds: int, prompts: int = 1600, steps: int = 60, peak: float = 0.1
+    model, rows, likely: list[int], folder: Path, rounds: int, prompts: int = 1600, steps: int = 60, peak: float = 0.1
 ) -> list[float]:
     """Make greedy answers that repeat themselves unlikely; returns the share of loops before each round.
 
     Each round lets the model answer ``prompts`` train prompts greedily. Then every step lowers the
     probability of the repeating tokens in answers that loop, and at the same time goes on learning from
-    a batch of real functions, so that nothing else is unlearned. A finished round is kept in ``folder``.
+    a batch of real functions, so that nothing else is unlearned. Half of the prompts are rows numbered in
+    ``likely``, the kind that is asked for later. A finished round is kept in ``folder``.
     """
     shares, saved = [], folder / "unlooped.pt"
     if saved.exists():
@@ -343,11 +344,12 @@ def unlearn_loops(
     hidden_states = torch.compile(lambda ids: model.model(ids).last_hidden_state, dynamic=True)
     for turn in range(len(shares), rounds):
         source = random.Random(SEED + turn)
-        chosen = [row[:start].tolist() for row, start in source.sample(rows, prompts)]
+        numbers = source.sample(likely, min(prompts // 2, len(likely))) + source.sample(range(len(rows)), prompts // 2)
+        chosen = [rows[i][0][: rows[i][1]].tolist() for i in numbers]
         answers = generate_batch(model.eval(), chosen, 256, [4])
         loops = [(prompt, tokens) for prompt, (tokens, _) in zip(chosen, answers, strict=True) if is_loop(tokens)]
-        shares.append(len(loops) / prompts)
-        print(f"round {turn + 1}: {shares[-1]:.1%} of {prompts} greedy answers loop", flush=True)
+        shares.append(len(loops) / len(chosen))
+        print(f"round {turn + 1}: {shares[-1]:.1%} of {len(chosen)} greedy answers loop", flush=True)
         order, optimizers = batches(rows, 100 + turn), make_optimizers(model.train())
         for step in tqdm(range(steps), desc="unlearning loops"):
             ids, labels = pad(rows, order[step])
@@ -367,6 +369,14 @@ def unlearn_loops(
         torch.save(dict(model=model.state_dict(), shares=shares), saved.with_suffix(".tmp"))
         saved.with_suffix(".tmp").replace(saved)
     return shares
+
+
+def between(one: dict, other: dict, share: float) -> dict:
+    """Weights on the line between two models: unlearning costs likelihood, and most of it comes back half-way.
+
+    Both models come from one training, so the line between them is smooth (Wortsman et al., arXiv 2109.01903).
+    """
+    return {name: (1 - share) * one[name] + share * other[name] for name in one}
 
 
 def pad_answers(answers: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,6 +430,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "base_model", help="the finished model")
     parser.add_argument("--init", type=Path, help="go on from a finished model's weights (use another --work)")
     parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates, e.g. 0.5 with --init")
+    parser.add_argument("--loop-mix", type=float, default=0.6, help="0: as trained, 1: as after unlearning")
+    parser.add_argument("--loop-steps", type=int, default=60, help="training steps of such a round")
     parser.add_argument("--loop-rounds", type=int, default=3, help="rounds of unlearning repetition loops")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -440,7 +452,10 @@ def main() -> None:
     rows = tokenize(splits["train"], tokenizer)
     print(f"{len(rows):,} functions, {sum(len(r[0]) for r in rows):,} tokens", flush=True)
     model, state = train(rows, arguments.work, arguments.minutes, arguments.save_every, arguments.init, arguments.peak)
-    loops = unlearn_loops(model, rows, arguments.work, arguments.loop_rounds)
+    likely = [i for i, function in enumerate(splits["train"]) if function.id.startswith("stdlib:")]
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loops = unlearn_loops(model, rows, likely, arguments.work, arguments.loop_rounds, steps=arguments.loop_steps)
+    model.load_state_dict(between(trained, model.state_dict(), arguments.loop_mix))
     export(model, arguments.out)
     model = model.float().eval()
     earlier = arguments.init.parent / "base_model_report.json" if arguments.init else None
@@ -448,6 +463,7 @@ def main() -> None:
     report = dict(
         runs=[*before.get("runs", []), state],
         loops_before_each_round=loops,
+        loop_mix=arguments.loop_mix,
         parameters=sum(p.numel() for p in model.parameters()),
         functions=Counter(),
     )

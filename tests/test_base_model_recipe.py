@@ -90,3 +90,8 @@ def test_training_resumes_from_its_checkpoint_and_starts_from_given_weights(reci
 )
 def test_licences(recipe, licence, permitted):
     assert recipe.is_permissive(licence) == permitted
+
+
+def test_between_two_models(recipe):
+    one, other = {"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])}
+    assert torch.allclose(recipe.between(one, other, 0.25)["w"], torch.tensor([0.25, 1.5]))
