@@ -66,7 +66,7 @@ def measure_latency(model, widths=WIDTHS, past: int = 200, repeats: int = 25) ->
 def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> dict[int, float]:
     """Median seconds of one step of each decoder behind ``past`` tokens, the host's read included.
 
-    Decoders take turns in runs of five steps; the first of each run warms the caches and is not counted.
+    Decoders take turns in runs of ten steps; the first three of each run warm the caches and are not counted.
     """
     seconds: dict[int, list[float]] = {n: [] for n in decoders}
     states = {}
@@ -74,14 +74,14 @@ def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> di
         vocabulary = decoder.verifier.lm_head.weight.shape[0]
         prompt = torch.arange(past, device=decoder.verifier.device) % vocabulary
         states[n] = decoder.start([prompt])
-    for _ in range(-(-repeats // 4)):
+    for _ in range(-(-repeats // 7)):
         for n, decoder in decoders.items():
-            for run in range(5):
+            for run in range(10):
                 synchronize()
                 started = time.perf_counter()
                 _, record = decoder.run(states[n], decoder.fixed_span or past + decoder.draft.size)
                 record.tolist()
-                if run:
+                if run >= 3:
                     seconds[n].append(time.perf_counter() - started)
     return {n: statistics.median(values) for n, values in seconds.items()}
 

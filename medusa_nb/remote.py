@@ -11,6 +11,8 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def distil_remotely(
     _claim(file, kept | dict(model=model, batch_size=settings.concurrency))
     done = {row["id"] for row in read_lines(file, repair=True)}
     open_ = [row for row in prompts if row["id"] not in done]
-    report = asyncio.run(_answer_all(urls, model, open_, file, settings))
+    report = run_anywhere(_answer_all(urls, model, open_, file, settings))
     report["resumed"] = len(done)
     failures = file.with_name(file.name + ".failed")
     if report["failed"]:
@@ -74,6 +76,12 @@ def distil_remotely(
     else:
         failures.unlink(missing_ok=True)
     return report
+
+
+def run_anywhere(work: Coroutine) -> dict:
+    """Run a coroutine to its end, also from a notebook, whose own event loop is running already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 async def _answer_all(urls, model, rows: list[dict], file: Path, settings: RemoteSettings) -> dict:

@@ -160,5 +160,5 @@ def test_the_estimate_knows_a_7b_model():
     sizes = estimate(MistralConfig(), positions=1_000_000)  # the shape of Mistral 7B is the default
     assert sizes["weights"] == pytest.approx(14.5, rel=0.02)
     assert sizes["states"] == pytest.approx(8.19, rel=0.01)
-    with pytest.raises(InputError, match="unknown option"):
+    with pytest.raises(InputError, match="are required: --model_name_or_path"):
         parse(["--nothing", "1"])

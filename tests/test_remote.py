@@ -1,5 +1,6 @@
 """Distillation through a server: nothing lost, nothing doubled, whatever goes wrong."""
 
+import asyncio
 import json
 import random
 import signal
@@ -216,6 +217,13 @@ def test_the_key_comes_from_the_environment_and_stays_there(server, tmp_path, mo
     distil_remotely([url(server)], "m", prompts(1), tmp_path / "a.jsonl", QUICK)
     output = capsys.readouterr()
     assert "sk-secret" not in output.out + output.err + (tmp_path / "a.jsonl").read_text()
+
+
+def test_it_also_runs_where_an_event_loop_runs(server, tmp_path):
+    async def notebook():
+        return distil_remotely([url(server)], "m", prompts(2), tmp_path / "a.jsonl", QUICK)
+
+    assert asyncio.run(notebook())["answered"] == 2
 
 
 def test_a_missing_client_is_said(server, tmp_path, monkeypatch):
