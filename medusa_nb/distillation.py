@@ -54,7 +54,8 @@ def distil(model, tokenizer, prompts: Dataset, file: str | Path, settings: Disti
     if not len(prompts):
         raise InputError("there is no prompt to answer; the data set is empty")
     file = Path(file)
-    _claim(file, {**asdict(settings), "model": portable_name(model.config._name_or_path)})
+    kept = {name: value for name, value in asdict(settings).items() if name != "batch_size"}  # no influence on answers
+    claim(file, kept | dict(model=portable_name(model.config._name_or_path)))
     done = {row["id"] for row in read_lines(file, repair=True)}
     dropped_file = file.with_name(file.name + ".dropped")
     dropped = {row["id"]: row["reason"] for row in read_lines(dropped_file, repair=True)}
@@ -66,19 +67,19 @@ def distil(model, tokenizer, prompts: Dataset, file: str | Path, settings: Disti
         for conversation in answer_conversations(model, tokenizer, open_, settings):
             if conversation.failure:
                 report["dropped"][conversation.failure] += 1
-                _write(failures, dict(id=conversation.id, reason=conversation.failure))
+                write_record(failures, dict(id=conversation.id, reason=conversation.failure))
             else:
                 report["answered"] += 1
                 report["tokens"] += conversation.completion_tokens
-                _write(answers, conversation.record())
+                write_record(answers, conversation.record())
             now = time.perf_counter()
             report["seconds"] = now - started
             if now - last_sync > SYNC_SECONDS:
-                _sync(answers, failures)
+                sync(answers, failures)
                 last_sync = now
             bar.update()
             bar.set_postfix_str(f"{report['tokens'] / report['seconds']:,.0f} tokens/s", refresh=False)
-        _sync(answers, failures)
+        sync(answers, failures)
     bar.close()
     report["tokens_per_second"] = report["tokens"] / report["seconds"] if report["tokens"] else 0.0
     report["dropped"] = dict(report["dropped"])
@@ -232,11 +233,10 @@ def load_answers(file: str | Path, split: str | None = None, loops: bool = True)
     return rows
 
 
-def _claim(file: Path, settings: dict) -> None:
+def claim(file: Path, settings: dict) -> None:
     """Note the settings beside a new file; refuse to continue one that was made with others."""
     file.parent.mkdir(parents=True, exist_ok=True)
     note = file.with_name(file.name + ".settings")
-    settings.pop("batch_size")  # no influence on the answers' meaning
     if not note.exists() or not file.exists():
         note.write_text(json.dumps(settings) + "\n")
         return
@@ -248,11 +248,13 @@ def _claim(file: Path, settings: dict) -> None:
         )
 
 
-def _write(handle, record: dict) -> None:
+def write_record(handle, record: dict) -> None:
+    """Append one JSON line and hand it to the operating system at once."""
     handle.write(json.dumps(record, ensure_ascii=False) + "\n")
     handle.flush()
 
 
-def _sync(*handles) -> None:
+def sync(*handles) -> None:
+    """Have the operating system put what was written on the disk."""
     for handle in handles:
         os.fsync(handle.fileno())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from medusa_nb.distillation import _claim, _sync, _write, is_loop, read_lines
+from medusa_nb.distillation import claim, is_loop, read_lines, sync, write_record
 from medusa_nb.errors import InputError
 from medusa_nb.progress import progress
 from medusa_nb.server import openai_package
@@ -64,7 +64,7 @@ def distil_remotely(
         raise InputError("there is no prompt to answer; the data set is empty")
     file = Path(file)
     kept = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "seed")}
-    _claim(file, kept | dict(model=model, batch_size=settings.concurrency))
+    claim(file, kept | dict(model=model))
     done = {row["id"] for row in read_lines(file, repair=True)}
     open_ = [row for row in prompts if row["id"] not in done]
     report = run_anywhere(_answer_all(urls, model, open_, file, settings))
@@ -101,7 +101,7 @@ async def _answer_all(urls, model, rows: list[dict], file: Path, settings: Remot
             except Unanswered as failure:
                 report["failed"][row["id"]] = str(failure)
             else:
-                _write(handle, record)
+                write_record(handle, record)
                 report["answered"] += 1
                 report["tokens"] += record["completion_tokens"]
             report["seconds"] = time.perf_counter() - started
@@ -110,7 +110,7 @@ async def _answer_all(urls, model, rows: list[dict], file: Path, settings: Remot
 
     with file.open("a") as handle:
         await asyncio.gather(*(work(handle) for _ in range(min(settings.concurrency, max(1, len(rows))))))
-        _sync(handle)
+        sync(handle)
     bar.close()
     for client in clients:
         await client.close()

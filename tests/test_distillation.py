@@ -117,7 +117,7 @@ def write_and_die(handle, record):
         handle.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-distillation._write = write_and_die
+distillation.write_record = write_and_die
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 model.generation_config.eos_token_id = ends
 prompts = Dataset.from_list(json.loads(sys.argv[4]))

@@ -28,11 +28,16 @@ def test_walk_runs_and_records_results(executed):
     )
 
 
+def later(executed, number: str, tmp_path_factory):
+    """A notebook after the walk, executed on the walk's work folder: the folder and the executed copy."""
+    work, _ = executed
+    return work, execute(find(number), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("later"))
+
+
 @pytest.fixture(scope="module")
 def benchmark(executed, tmp_path_factory):
     """The benchmark notebook, executed on what the walk made."""
-    work, _ = executed
-    return work, execute(find("05"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("bench"))
+    return later(executed, "05", tmp_path_factory)
 
 
 def test_benchmark_reports_every_contestant(benchmark):
@@ -51,8 +56,7 @@ def test_benchmark_reports_every_contestant(benchmark):
 @pytest.fixture(scope="module")
 def exported(executed, tmp_path_factory):
     """The export notebook, executed on what the walk made."""
-    work, _ = executed
-    return work, execute(find("07"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("export"))
+    return later(executed, "07", tmp_path_factory)
 
 
 def test_exports_are_made_and_checked(exported):
@@ -65,8 +69,7 @@ def test_exports_are_made_and_checked(exported):
 @pytest.fixture(scope="module")
 def own_model(executed, tmp_path_factory):
     """The notebook on a model of one's own, with its server and torchrun."""
-    work, _ = executed
-    return work, execute(find("06"), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("own"))
+    return later(executed, "06", tmp_path_factory)
 
 
 def test_the_road_to_a_model_of_your_own(own_model):
