@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.walk
-	test -f build/walk/learner/heads/rank_counts.json || $(BIN)/python -m medusa_nb run
+	test -f build/walk/learner/heads/calibration.json || $(BIN)/python -m medusa_nb run
 	$(BIN)/python -m medusa_nb run --only 05
 
 notebooks: $(VENV)/.test

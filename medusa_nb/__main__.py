@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--heads", type=int, default=4)
     train.add_argument("--layers", type=int, default=1)
     train.add_argument("--own-projection", action="store_true", help="a projection per head (version 1)")
-    train.add_argument("--see-root", action="store_true", help="heads that see the root (not for servers)")
+    train.add_argument("--see-path", action="store_true", help="heads that see the path (not for servers)")
     train.add_argument("--epochs", type=float, default=3)
     train.add_argument("--batch-size", type=int, default=128, help="positions per step")
     train.add_argument("--learning-rate", type=float, default=2e-3)
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--version", type=int, choices=(1, 2), default=2, help="of the original format (tgi)")
     export.add_argument("--no-weights", action="store_true", help="leave the base model out (transformers)")
     export.add_argument("--tree-size", type=int, default=8, help="nodes of the tree (transformers)")
+    export.add_argument("--tree-depth", type=int, default=3, help="how deep the heads guess (transformers)")
     export.add_argument("--check", action="store_true", help="read it back as its reader does, compare with ours")
     export.add_argument("--push", metavar="REPO_ID", help="publish on the hub")
     export.add_argument("--private", action="store_true")
@@ -154,12 +155,12 @@ def command_distill(options) -> None:
 
 
 def command_train(options) -> None:
-    """Cache hidden states, train heads, count ranks on the calibration answers, save."""
+    """Cache hidden states, train heads, calibrate them on held-out answers, save."""
+    from medusa_nb.calibration import calibrate
     from medusa_nb.distillation import load_answers
     from medusa_nb.features import cache_features
     from medusa_nb.heads import MedusaHeads
     from medusa_nb.training import TrainingSettings, accuracy, rank_table, train_heads
-    from medusa_nb.tree import save_rank_counts
 
     rows = load_answers(options.answers, loops=False)
     model, tokenizer = _load(options)
@@ -170,23 +171,21 @@ def command_train(options) -> None:
             f"'{options.answers}' has {len(train)} train and {len(held_out)} calibration answers; both are needed"
         )
     features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
-    held_out = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
-    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_root)
+    judge = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
+    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_path)
     settings = TrainingSettings(options.epochs, options.batch_size, options.learning_rate)
     train_heads(heads, features, options.out, settings)
-    ranks = rank_table(heads, held_out)
-    save_rank_counts(ranks, options.out / "rank_counts.json")
-    print(json.dumps(accuracy(ranks), indent=2))
+    calibrate(heads, judge, tokenizer, held_out, train).save(options.out)
+    print(json.dumps(accuracy(rank_table(heads, judge)), indent=2))
 
 
 def _medusa_decoder(options, model, capacity: int, compiled: bool):
+    from medusa_nb.calibration import Calibration
     from medusa_nb.heads import MedusaHeads
     from medusa_nb.measurement import fastest_decoder
-    from medusa_nb.tree import load_rank_counts
 
-    heads = MedusaHeads.from_pretrained(options.heads, model)
-    counts = load_rank_counts(options.heads / "rank_counts.json")
-    return fastest_decoder(model, heads, counts, capacity=capacity, compiled=compiled)
+    heads, known = MedusaHeads.from_pretrained(options.heads, model), Calibration.load(options.heads)
+    return fastest_decoder(model, heads, known, capacity=capacity, compiled=compiled, remember=options.heads)
 
 
 def _prompt_ids(model, tokenizer, messages):
@@ -247,16 +246,14 @@ def command_measure(options) -> None:
 
 def command_export(options) -> None:
     """Write an export, read it back if wished, show or send what goes to the hub."""
+    from medusa_nb.calibration import FILE, Calibration
     from medusa_nb.export import export
     from medusa_nb.heads import MedusaHeads
     from medusa_nb.publish import model_card, push, read_results
     from medusa_nb.readers import check
-    from medusa_nb.tree import build_tree, load_rank_counts
 
     model, tokenizer = _load(options)
     heads = MedusaHeads.from_pretrained(options.heads, model)
-    counts = options.heads / "rank_counts.json"
-    tree = build_tree(load_rank_counts(counts), options.tree_size) if counts.exists() else None
     export(
         heads,
         options.out,
@@ -264,7 +261,8 @@ def command_export(options) -> None:
         version=options.version,
         model=model,
         tokenizer=tokenizer,
-        tree=tree,
+        calibration=Calibration.load(options.heads) if (options.heads / FILE).exists() else None,
+        tree_shape=(options.tree_size, options.tree_depth),
         weights=not options.no_weights,
     )
     if options.check:

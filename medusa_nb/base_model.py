@@ -15,6 +15,7 @@ from medusa_nb.progress import is_headless
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "data" / "base_model"
+CLEARLY = 1.5  # times as fast
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,11 +98,12 @@ def has_native_bf16() -> bool:
 
 
 def suitable_dtype(device: torch.device | str, config=None) -> torch.dtype:
-    """Half precision on an accelerator; on a CPU the faster of fp32 and (where native) bf16.
+    """Half precision on an accelerator; on a CPU fp32, unless bf16 is native and clearly faster.
 
     On a CPU both are timed on what a verify pass does: 16 rows through linear layers of the model's
     size. bf16 halves the bytes to read, which decides for large models; but not every CPU that has it
-    also computes faster in it, which decides for small ones.
+    also computes faster in it, which decides for small ones. Where they are close it is always fp32, so that
+    a model is not loaded in one dtype today and in another tomorrow.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float16
@@ -109,7 +111,7 @@ def suitable_dtype(device: torch.device | str, config=None) -> torch.dtype:
         return torch.float32
     hidden = getattr(config and config.get_text_config(), "hidden_size", None) or 2048
     seconds = {dtype: _linear_seconds(dtype, hidden) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=seconds.get)
+    return torch.bfloat16 if CLEARLY * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
 
 
 def _linear_seconds(dtype: torch.dtype, hidden: int, rows: int = 16, layers: int = 6, repeats: int = 9) -> float:

@@ -1,13 +1,12 @@
 """The plain way to train heads, kept only to be measured against.
 
 It is what a first version does: run the frozen model again in every epoch, pad every conversation to the
-longest one, and put a loss on every position, the user's words included.
+full length, and put a loss on every position, the user's words included.
 """
 
 import time
 
 import torch
-import torch.nn.functional as F
 
 from medusa_nb.features import IGNORED, encode_conversation
 from medusa_nb.heads import MedusaHeads
@@ -23,12 +22,13 @@ def train_plainly(
     batch_size: int = 4,
     learning_rate: float = 1e-3,
     depth_decay: float = 0.8,
+    max_length: int = 1024,
 ) -> float:
-    """Train ``heads`` in place on whole conversations; returns seconds."""
-    rows = [encode_conversation(tokenizer, c["messages"]).ids for c in conversations]
-    width, device = max(map(len, rows)), heads.weight.device
-    ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
-    labels = torch.full((len(rows), width + heads.num_heads + 1), IGNORED, device=device)
+    """Train ``heads`` in place on whole conversations, padded to ``max_length`` tokens; returns seconds."""
+    rows = [encode_conversation(tokenizer, c["messages"], max_length).ids for c in conversations]
+    device, count = heads.weight.device, heads.num_heads
+    ids = torch.zeros(len(rows), max_length, dtype=torch.long, device=device)
+    labels = torch.full((len(rows), max_length + count + 1), IGNORED, device=device)
     for line, row in enumerate(rows):
         ids[line, : len(row)] = labels[line, : len(row)] = torch.tensor(row, device=device)
     started = time.perf_counter()
@@ -41,11 +41,9 @@ def train_plainly(
             for batch in order.split(batch_size):
                 with torch.no_grad():
                     hidden = model.base_model(input_ids=ids[batch], use_cache=False).last_hidden_state.float()
-                said = labels[batch, 1 : width + 1].clamp(min=0)
-                logits = heads(hidden, root=said)  # [K, B, T, V]
-                shifted = [labels[batch, k + 2 : k + 2 + width] for k in range(heads.num_heads)]
-                ahead = torch.stack([F.pad(x, (0, width - x.shape[1]), value=IGNORED).flatten() for x in shifted], 1)
-                losses, _ = head_losses(logits.flatten(1, 2), ahead)
+                windows = labels[batch].unfold(1, count, 1)  # [B, T, K]: K labels from each place on
+                logits = heads(hidden, path=windows[:, 1 : max_length + 1].clamp(min=0))  # [K, B, T, V]
+                losses, _ = head_losses(logits.flatten(1, 2), windows[:, 2 : max_length + 2].flatten(0, 1))
                 decay = depth_decay ** torch.arange(len(losses), device=device)
                 (losses * decay).sum().backward()
                 optimizer.step()

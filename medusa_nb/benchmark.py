@@ -1,20 +1,22 @@
 """The benchmark: every way of decoding on the same prompts, side by side, and where each step's time goes."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from medusa_nb.calibration import Calibration
 from medusa_nb.decoding import Decoder
-from medusa_nb.drafting import DraftVocabulary, DynamicDraft, TreeDraft
+from medusa_nb.drafting import DynamicDraft, TreeDraft
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
     BlindDraft,
+    Shape,
     Timing,
     compare,
     fastest_decoder,
+    growing_decoder,
     identity,
     machine,
     speedup,
@@ -24,8 +26,7 @@ from medusa_nb.measurement import (
 )
 from medusa_nb.tree import build_tree
 
-GENERATE, LOOP = "model.generate", "our loop, compiled"
-POOL = 96  # nodes a dynamic tree is chosen from
+GENERATE, LOOP, MEDUSA = "model.generate", "our loop, compiled", "+ n-grams in the tree (Medusa)"
 
 
 @dataclass
@@ -48,47 +49,41 @@ class Contestants:
 def prepare(
     model,
     plain_heads: MedusaHeads,
-    plain_counts: Counter,
+    plain_calibration: Calibration,
     heads: MedusaHeads,
-    counts: Counter,
-    ngram_worth: torch.Tensor,
-    frequent: torch.Tensor,
+    calibration: Calibration,
     *,
-    sizes: tuple[int, ...],
+    shapes: tuple[Shape, ...],
     capacity: int,
     max_new_tokens: int,
     eos: list[int],
+    remember: Path | None = None,
 ) -> Contestants:
-    """Make and compile all contestants for one model and dtype; each static tree has its own best size.
+    """Make and compile all contestants for one model and dtype; every tree has the shape that is fastest here.
 
-    ``frequent`` are the ids of the draft vocabulary, see :func:`~medusa_nb.drafting.frequent_tokens`.
+    ``remember`` is the folder of ``heads``, see :func:`~medusa_nb.measurement.fastest_decoder`.
     """
-    device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
-    static = fastest_decoder(model, heads, counts, sizes, capacity)
-    size, pool = static.draft.size, build_tree(counts, POOL)
+    device, lm_head = model.device, model.get_output_embeddings().weight
+    best = fastest_decoder(model, heads, calibration, shapes, capacity, remember=remember)
+    size, depth, vocabulary = best.draft.size, best.draft.levels, best.draft.vocabulary
+    tree, plain_tree = (build_tree(known.rank_counts, size) for known in (calibration, plain_calibration))
+    drafts = {
+        "plain heads, static tree": TreeDraft(plain_heads, plain_tree, device),
+        "heads see the path, static tree": TreeDraft(heads, tree, device),
+        "+ draft vocabulary": TreeDraft(heads, tree, device, vocabulary),
+        "+ growing tree": DynamicDraft(heads, size, device, vocabulary=vocabulary, depth=depth),
+    }
     decoders = {
         "our loop, eager": Decoder(model, capacity=capacity),
         LOOP: Decoder(model, capacity=capacity),
-        "Medusa, plain heads": fastest_decoder(model, plain_heads, plain_counts, sizes, capacity),
-        "Medusa, heads see the root": static,
-        "Medusa, draft vocabulary": Decoder(
-            model,
-            capacity=capacity,
-            draft=TreeDraft(heads, static.draft.tree, device, DraftVocabulary(heads, frequent)),
-        ),
-        "Medusa, dynamic tree": Decoder(
-            model, capacity=capacity, draft=DynamicDraft(heads, pool, min(size, len(pool)), device)
-        ),
-        "Medusa, dynamic tree with n-grams": Decoder(
-            model, capacity=capacity, draft=DynamicDraft(heads, pool, min(size, len(pool)), device, ngram_worth)
-        ),
+        **{name: Decoder(model, capacity=capacity, draft=draft) for name, draft in drafts.items()},
+        MEDUSA: best,
     }
     blind = {
-        n: Decoder(model, capacity=capacity, draft=BlindDraft(n, vocabulary, device))
+        n: Decoder(model, capacity=capacity, draft=BlindDraft(n, lm_head.shape[0], device))
         for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
     }
-    late = [LOOP, "Medusa, draft vocabulary", "Medusa, dynamic tree", "Medusa, dynamic tree with n-grams"]
-    for decoder in (*(decoders[name] for name in late), *blind.values()):
+    for decoder in (decoders[LOOP], *(decoders[name] for name in drafts), *blind.values()):
         decoder.compile()
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
     calls["prompt lookup"] = lambda ids: transformers_generate(
@@ -180,8 +175,29 @@ def markdown(report: dict, loops: bool = False) -> str:
     return "\n".join(lines)
 
 
-def save(reports: dict[str, dict], folder: Path) -> None:
-    """Write ``benchmark.json`` and ``benchmark.md``: a table for each report, with the machine it is from."""
+def tokens_per_pass(
+    model,
+    heads: MedusaHeads,
+    calibration: Calibration,
+    shape: Shape,
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    eos: list[int],
+) -> float:
+    """Tokens per pass of heads in a growing tree, without the answers that loop; nothing is timed."""
+    capacity = max(ids.shape[1] for ids in prompts) + max_new_tokens + shape[0]
+    decoder = growing_decoder(model, heads, calibration, shape, capacity)
+    runs = [decoder.generate([ids[0]], max_new_tokens, eos)[0] for ids in prompts]
+    timing = Timing("", [[] for _ in runs], runs)
+    keep = without_loops(timing)
+    return timing.tokens_per_pass(keep if any(keep) else None)
+
+
+def save(reports: dict[str, dict], folder: Path, notes: dict[str, str]) -> None:
+    """Write ``benchmark.json`` and ``benchmark.md``: a table for each report, with the machine it is from.
+
+    ``notes`` are further sections of the Markdown, by their titles.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmark.json").write_text(json.dumps(reports, indent=2) + "\n")
     sections = []
@@ -192,4 +208,6 @@ def save(reports: dict[str, dict], folder: Path) -> None:
         )
         sections += [f"## {title}", f"{note}. {about}.", "Without the answers that loop:", markdown(report)]
         sections += ["All answers:", markdown(report, loops=True)]
+    for title, text in notes.items():
+        sections += [f"## {title}", text]
     (folder / "benchmark.md").write_text("\n\n".join(["# Benchmark", *sections]) + "\n")

@@ -14,13 +14,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from medusa_nb.decoding import Decoder, eos_ids
+from medusa_nb.drafting import DraftVocabulary, DynamicDraft, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import WEIGHTS, MedusaHeads
 from medusa_nb.sampling import Sampler
 from medusa_nb.tree import Tree
 from medusa_nb.verification import best
 
-ABOUT = "medusa.json"  # the tree, and which base model the heads belong to
+ABOUT = "medusa.json"  # how guesses are made, and which base model the heads belong to
 IGNORED = {"use_cache", "token_type_ids"}
 HANDLED = {
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "stop_strings"),
@@ -38,8 +39,8 @@ def base_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def load_heads(model, source: str) -> tuple[MedusaHeads, Tree]:
-    """Heads and tree from a folder or a hub repository, for this base model and no other."""
+def load_draft(model, source: str) -> TreeDraft | DynamicDraft:
+    """Heads with their way of guessing from a folder or a hub repository, for this base model and no other."""
     files = [cached_file(source, name) for name in (ABOUT, WEIGHTS)]
     about = json.loads(Path(files[0]).read_text())
     if about["base_fingerprint"] != base_fingerprint(model):
@@ -47,8 +48,12 @@ def load_heads(model, source: str) -> tuple[MedusaHeads, Tree]:
             f"the heads in '{source}' were trained for another base model ({about['base_model']}, "
             f"fingerprint {about['base_fingerprint'][:12]}); this one has {base_fingerprint(model)[:12]}"
         )
-    heads = MedusaHeads.from_files(about, files[1], model)
-    return heads, Tree(tuple(map(tuple, about["tree"])))
+    heads, device = MedusaHeads.from_files(about, files[1], model), model.get_output_embeddings().weight.device
+    if "tree" in about:
+        return TreeDraft(heads, Tree(tuple(map(tuple, about["tree"]))), device)
+    vocabulary = DraftVocabulary(heads, torch.tensor(about["frequent"])) if heads.projection is None else None
+    nodes, depth = about["tree_shape"]
+    return DynamicDraft(heads, nodes, device, torch.tensor(about["ngram_worth"]), vocabulary, depth)
 
 
 def find_source(model) -> str:
@@ -111,10 +116,10 @@ def generate(
     if limit is None:
         length = config.max_length if config.max_length is not None else 20
         limit = length if default_length and config.max_length in (None, 20) else length - ids.shape[1]
-    heads, tree = cached_heads(model, source)
+    draft = cached_draft(model, source)
     sampler = Sampler(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0) if config.do_sample else best
-    capacity = max(map(len, prompts)) + max(1, limit) + len(tree)
-    decoder = Decoder(model, heads, tree, capacity=capacity, slots=len(prompts), choose=sampler)
+    capacity = max(map(len, prompts)) + max(1, limit) + draft.size
+    decoder = Decoder(model, capacity=capacity, slots=len(prompts), choose=sampler, draft=draft)
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
     ends = eos_ids(model, config.eos_token_id)
     results = decoder.generate(prompts, limit, ends, streamer, stops, tokenizer, stopping_criteria)
@@ -137,9 +142,9 @@ def refuse_unsupported(config) -> None:
             raise InputError(f"decoding with Medusa heads does not support {name}={value!r}; leave it out")
 
 
-def cached_heads(model, source: str) -> tuple[MedusaHeads, Tree]:
-    """Heads and tree of ``source``, loaded once per model object."""
-    known = model.__dict__.setdefault("_medusa_heads", {})
+def cached_draft(model, source: str) -> TreeDraft | DynamicDraft:
+    """What :func:`load_draft` gives, loaded once per model object."""
+    known = model.__dict__.setdefault("_medusa_drafts", {})
     if source not in known:
-        known[source] = load_heads(model, source)
+        known[source] = load_draft(model, source)
     return known[source]

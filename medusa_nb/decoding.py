@@ -16,19 +16,30 @@ from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, Tree
 from medusa_nb.verification import Accept, Choose, Verifier, best, same
 
+NGRAM = -1  # in place of a head's number: copied from the text
+
 
 @dataclass
 class Step:
     """What one forward pass did to one text.
 
     ``tokens`` are the N candidate tokens it read, ``path`` the numbers of the tree nodes it accepted
-    (the root first) and ``emitted`` the new tokens of the text: the accepted guesses, then the token
-    the base model says after them. The first step reads the prompt: no candidates, one token.
+    (the root first), ``parents`` the number of each node's parent and ``emitted`` the new tokens of the text:
+    the accepted guesses, then the token the base model says after them. ``copied`` are the nodes whose tokens
+    were copied from the text. The first step reads the prompt: no candidates, one token.
     """
 
     tokens: list[int]
     path: list[int]
     emitted: list[int]
+    parents: list[int] = field(default_factory=list)
+    copied: set[int] = field(default_factory=set)
+
+    @property
+    def guessed_by(self) -> list[int | None]:
+        """For each emitted token the number of the head that guessed it, :data:`NGRAM`, or None: the base model."""
+        guesses = [NGRAM if node in self.copied else i for i, node in enumerate(self.path[1:])]
+        return (guesses + [None])[: len(self.emitted)]
 
 
 @dataclass
@@ -90,8 +101,8 @@ class Decoder:
         """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
 
         Returns:
-            The state after the pass, and for the host a record ``[B, 1 + P + P + N]``: how many nodes were
-            accepted, what was emitted, the accepted path, the candidates' tokens.
+            The state after the pass, and for the host a record ``[B, 1 + P + P + N + N + N]``: how many nodes were
+            accepted, what was emitted, the accepted path; the candidates' tokens, parents, and which are copied.
         """
         candidates = self.draft(state)
         said, right, hidden = self.verifier.check(candidates, state.lengths, span)
@@ -106,7 +117,8 @@ class Decoder:
         if text is not None:
             places = state.lengths.unsqueeze(1) + 1 + torch.arange(emitted.shape[1], device=emitted.device)
             text = text.scatter(1, places, emitted)  # what stands behind the new root is overwritten later
-        record = torch.cat([count.unsqueeze(1), emitted, path, candidates.tokens], dim=1)
+        copied = torch.zeros_like(candidates.tokens) if candidates.copied is None else candidates.copied.long()
+        record = torch.cat([count.unsqueeze(1), emitted, path, candidates.tokens, candidates.parents, copied], dim=1)
         return State(root, hidden, state.lengths + count, text), record
 
     def compile(self) -> float | None:
@@ -162,9 +174,10 @@ class Decoder:
 
     def read(self, record: list[int]) -> Step:
         """One row of a step's record, read by the host."""
-        count, places = record[0], self.draft.depth + 1
-        emitted, path, tokens = record[1 : 1 + places], record[1 + places : 1 + 2 * places], record[1 + 2 * places :]
-        return Step(tokens, path[:count], emitted[:count])
+        count, places, size = record[0], self.draft.depth + 1, self.draft.size
+        emitted, path, rest = record[1 : 1 + places], record[1 + places : 1 + 2 * places], record[1 + 2 * places :]
+        copied = {node for node, mark in enumerate(rest[2 * size :]) if mark}
+        return Step(rest[:size], path[:count], emitted[:count], rest[size : 2 * size], copied)
 
     def generate(
         self,

@@ -14,6 +14,7 @@ from medusa_nb.tree import Tree
 
 BASE_COLOR, BASELINE = "#4d4d4d", "#999999"
 HEAD_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # colour-blind safe (Okabe and Ito)
+COPIED = "#dddddd"
 TINTS = ("#cfe3f1", "#fbe7bf", "#c6e9dc", "#f3dbe7", "#f6d3bd")
 
 
@@ -56,25 +57,29 @@ def token_view(pieces: list[str], groups: list[int | None], legend: dict[int, st
     spans = []
     for piece, group in zip(pieces, groups, strict=True):
         text = html.escape(piece).replace("\n", "⏎\n")
-        tint = "" if group is None else f"background:{TINTS[group % len(TINTS)]};"
-        spans.append(f'<span style="{tint}border-right:1px solid #ddd;color:#222">{text}</span>')
+        spans.append(f'<span style="{tint_of(group)}border-right:1px solid #ddd;color:#222">{text}</span>')
     keys = " &nbsp; ".join(
-        f'<span style="background:{TINTS[g % len(TINTS)]};color:#222;padding:0 .5em">{html.escape(name)}</span>'
-        for g, name in legend.items()
+        f'<span style="{tint_of(g)}color:#222;padding:0 .5em">{html.escape(name)}</span>' for g, name in legend.items()
     )
     body = "".join(spans)
     display(HTML(f'<div>{keys}</div><pre style="white-space:pre-wrap;line-height:1.6;background:#fff">{body}</pre>'))
 
 
 def decoded_view(tokenizer, generation) -> None:
-    """A generated text, each token tinted by who guessed it: head 0, 1, ... or (plain) the base model."""
+    """A generated text, each token tinted by who guessed it: head 0, 1, ..., an n-gram, or (plain) the base model."""
     pieces, groups = [], []
     for step in generation.steps:
-        for i, token in enumerate(step.emitted):
-            pieces.append(tokenizer.decode([token]))
-            groups.append(i if i < len(step.path) - 1 else None)
-    used = sorted({g for g in groups if g is not None})
-    token_view(pieces, groups, {g: f"guessed by head {g}" for g in used})
+        pieces += [tokenizer.decode([token]) for token in step.emitted]
+        groups += step.guessed_by
+    used = sorted({g for g in groups if g is not None}, key=lambda g: (g < 0, g))
+    token_view(pieces, groups, {g: f"guessed by head {g}" if g >= 0 else "copied from the text" for g in used})
+
+
+def tint_of(group: int | None) -> str:
+    """The CSS of a token's background: by head, grey for copied tokens, none for the base model's own."""
+    if group is None:
+        return ""
+    return f"background:{TINTS[group % len(TINTS)] if group >= 0 else COPIED};"
 
 
 def plot_tree(tree: Tree, tokens: list[str] | None = None, path: list[int] | None = None, title: str = "") -> None:
@@ -190,7 +195,7 @@ def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
     plt.xticks(range(1, max(max(v) for v in counts.values()) + 1))
     plt.xlabel("tokens emitted by one pass")
     plt.ylabel("share of passes")
-    plt.legend(fontsize=8)
+    plt.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     plt.show()
 
 
@@ -231,11 +236,10 @@ def plot_parts(rows: dict[str, dict]) -> None:
 
 def plot_candidates(candidates, tokenizer) -> None:
     """The first text's candidate tree as a draft made it, with its tokens."""
-    parents = candidates.parents[0].tolist()
-    paths: list[tuple[int, ...]] = [()]
-    for node, parent in enumerate(parents[1:], 1):
-        paths.append(paths[parent] + (node,))
-    plot_tree(Tree(tuple(paths)), [tokenizer.decode([token]) for token in candidates.tokens[0].tolist()])
+    plot_tree(
+        Tree.from_parents(candidates.parents[0].tolist()),
+        [tokenizer.decode([token]) for token in candidates.tokens[0].tolist()],
+    )
 
 
 def show_markdown(text: str) -> None:

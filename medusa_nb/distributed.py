@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_nb.base_model import load_base_model, require_chat_template
+from medusa_nb.calibration import calibrate
 from medusa_nb.distillation import load_answers
 from medusa_nb.errors import InputError
 from medusa_nb.features import cache_features, encode_conversation, head_labels
@@ -45,7 +46,7 @@ class HeadOptions:
     medusa_num_heads: int = field(default=4, metadata=dict(help="K"))
     medusa_num_layers: int = field(default=1, metadata=dict(help="residual blocks per head"))
     own_projection: bool = field(default=False, metadata=dict(help="version 1: a projection per head"))
-    see_root: bool = field(default=False, metadata=dict(help="heads that see the root; no server loads them"))
+    see_path: bool = field(default=False, metadata=dict(help="heads that see the path; no server loads them"))
     depth_decay: float = field(default=0.8, metadata=dict(help="weight of head k in the loss: this to the power k"))
     states: str = field(default="auto", metadata=dict(help="cached, online, or auto: cached if the disk allows"))
     load_in: str = field(
@@ -201,7 +202,7 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
     model, tokenizer = load(options, training)
     require_chat_template(tokenizer)
     heads = MedusaHeads.for_model(
-        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_root
+        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_path
     )
     positions = sum(row["completion_tokens"] for row in rows)
     sizes = estimate(model.config, positions)
@@ -246,6 +247,7 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
         heads.save_pretrained(out)
         if judge is not None:
             result["accuracy"] = accuracy(rank_table(heads, judge))
+            calibrate(heads, judge, tokenizer, held_out, rows).save(out)
     return result
 
 

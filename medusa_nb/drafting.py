@@ -30,13 +30,15 @@ class Candidates(NamedTuple):
     """Candidate trees of B texts with N nodes each, parents before children, the root first.
 
     ``tokens`` ``[B, N]``, ``parents`` ``[B, N]`` (the root is its own), ``depths`` ``[B, N]`` and
-    ``ancestors`` ``[B, N, N]``: row i is True at i itself and at every node above it.
+    ``ancestors`` ``[B, N, N]``: row i is True at i itself and at every node above it. ``copied`` ``[B, N]`` tells
+    guesses copied from the text from those of heads; None where nothing is copied.
     """
 
     tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
     ancestors: torch.Tensor
+    copied: torch.Tensor | None = None
 
 
 class DraftVocabulary:
@@ -60,6 +62,15 @@ def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
     return torch.tensor(sorted(token for token, _ in tally.most_common(count)))
 
 
+class Level(NamedTuple):
+    """One depth of a static tree: ``above`` ``[P, depth]`` are the paths (node numbers, the root first) of the
+    nodes that have children, and child i is guess ``rank[i]`` below path ``parent[i]``."""
+
+    above: torch.Tensor
+    parent: torch.Tensor
+    rank: torch.Tensor
+
+
 class TreeDraft:
     """The same tree at every step, filled with each head's best guesses, of a draft vocabulary if given."""
 
@@ -73,92 +84,174 @@ class TreeDraft:
         vocabulary: DraftVocabulary | None = None,
     ):
         self.heads, self.tree, self.vocabulary = heads, tree, vocabulary
-        self.size, self.depth = len(tree), tree.depth
-        self.guess_index = tree.guess_index.to(device)
+        self.size, self.depth, self.width = len(tree), tree.depth, tree.width
         self.parents = torch.tensor([max(0, parent) for parent in tree.parents], device=device)
         self.depths = tree.depths().to(device)
         self.ancestors = tree.mask().to(device)
+        self.levels, order = [], [0]
+        for depth in range(tree.depth):
+            children = [node for node in range(len(tree)) if len(tree.paths[node]) == depth + 1]
+            parents = sorted({tree.parents[node] for node in children})
+            above = [[node for node in order if tree.mask()[parent, node]] for parent in parents]
+            self.levels.append(
+                Level(
+                    torch.tensor([[order.index(node) for node in path] for path in above], device=device),
+                    torch.tensor([parents.index(tree.parents[node]) for node in children], device=device),
+                    torch.tensor([tree.paths[node][-1] for node in children], device=device),
+                )
+            )
+            order += children
+        self.place = torch.tensor([order.index(node) for node in range(len(tree))], device=device)
 
     def __call__(self, state: State) -> Candidates:
         shape = (x.expand(len(state.root), *x.shape) for x in (self.parents, self.depths, self.ancestors))
         return Candidates(self.fill(state), *shape)
 
     def fill(self, state: State) -> torch.Tensor:
-        """The candidates' tokens ``[B, N]``."""
-        return guess(self.heads, state.hidden, state.root, self.tree, self.guess_index, self.vocabulary)
+        """The candidates' tokens ``[B, N]``: the root, then depth by depth each node's guess by its head and rank."""
+        tokens = state.root.unsqueeze(1)
+        if self.size == 1:
+            return tokens
+        guess = Guesser(self.heads, state.hidden, self.depth, self.width, self.vocabulary)
+        for k, level in enumerate(self.levels):
+            ids, _ = guess(k, tokens[:, level.above])
+            tokens = torch.cat([tokens, ids[:, level.parent, level.rank]], dim=1)
+        return tokens[:, self.place]
 
 
-def guess(
-    heads: MedusaHeads | None, hidden: torch.Tensor, root: torch.Tensor, tree: Tree, guess_index=None, vocabulary=None
-) -> torch.Tensor:
-    """The tree's candidate tokens ``[B, N]``: the root, then each node's guess by its head and rank.
+class Guesser:
+    """What the first ``count`` heads guess below given paths, from the states ``[B, D]`` that said the roots.
 
-    ``hidden`` ``[B, D]`` is the state that said the root ``[B]``, so head 0 guesses the token after it.
+    Heads that do not see the path guess the same below every path, so theirs are computed all at once.
     """
-    if len(tree) == 1:
-        return root.unsqueeze(1)
-    guess_index = tree.guess_index.to(root.device) if guess_index is None else guess_index
-    logits = heads(hidden, tree.depth, root, vocabulary.projection if vocabulary else None)
-    top = logits.topk(tree.width, dim=-1).indices  # [depth, B, width]
-    top = vocabulary.ids[top] if vocabulary else top
-    return torch.cat([root.unsqueeze(1), top.transpose(0, 1).flatten(1)[:, guess_index]], dim=1)
+
+    def __init__(
+        self, heads: MedusaHeads, hidden: torch.Tensor, count: int, width: int, vocabulary: DraftVocabulary | None
+    ):
+        self.heads, self.width, self.vocabulary = heads, width, vocabulary
+        self.rows = vocabulary.projection if vocabulary else None
+        self.blocks = heads.blocks(hidden, count)  # [count, B, D]
+        self.known = None if heads.sees_path else self.best(heads.project(self.blocks, 0, self.rows))
+
+    def __call__(self, k: int, paths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head k's best guesses and their log-probabilities ``[B, P, width]`` below ``paths`` ``[B, P, k + 1]``."""
+        if self.known is None:
+            return self.best(self.heads.after(k, self.blocks[k], paths, self.rows))
+        return tuple(x[k].unsqueeze(1).expand(-1, paths.shape[1], -1) for x in self.known)
+
+    def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        top = logits.float().log_softmax(-1).topk(self.width, dim=-1)
+        return self.vocabulary.ids[top.indices] if self.vocabulary else top.indices, top.values
 
 
 class DynamicDraft:
-    """The ``size`` nodes that promise most right now, chosen at every step from a pool.
+    """A tree that is grown anew at every step: the ``size`` nodes that promise most right now.
 
-    The pool holds the heads' guesses along the paths of a large tree and, if ``ngram_worth`` is given, one
-    path of tokens copied from the text. A node's worth is the probability that its whole path is right: the
-    product of the heads' own probabilities, or what n-grams of that length were worth on calibration text
-    (:func:`medusa_nb.ngrams.ngram_worth`). No node is worth more than its parent, so the best nodes always
-    form a tree (best-first as in EAGLE-2, arXiv 2406.16858, section 4.1).
+    Depth by depth, the ``beam`` most promising nodes get their heads' ``branch`` best guesses as children; if
+    ``ngram_worth`` is given, one path of tokens copied from the text joins them. A node's worth is the
+    probability that its whole path is right: the product of the heads' own probabilities, or what n-grams of
+    that length were worth on calibration text (:func:`medusa_nb.ngrams.ngram_worth`). No node is worth more
+    than its parent, so the best ``size`` nodes of all always form a tree (as in EAGLE-2, arXiv 2406.16858,
+    section 4).
 
     Args:
-        pool: a tree with at least ``size`` nodes; what it leaves out is never guessed.
+        depth: how deep the heads guess, at most as many as there are; copied paths may go deeper.
         ngram_worth: ``[longest + 1, L]``; None for no n-grams.
+        vocabulary: what may be guessed; None for every token.
+
+    Raises:
+        InputError: there are no heads, or no guess fits into a tree of this size.
     """
 
-    def __init__(self, heads: MedusaHeads, pool: Tree, size: int, device, ngram_worth: torch.Tensor | None = None):
-        refuse_deep(pool, heads)
-        if size > len(pool):
-            raise InputError(f"a tree of {size} nodes cannot be chosen from a pool of {len(pool)}; enlarge the pool")
-        self.heads, self.tree, self.size = heads, pool, size
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        size: int,
+        device,
+        ngram_worth: torch.Tensor | None = None,
+        vocabulary: DraftVocabulary | None = None,
+        depth: int | None = None,
+        beam: int = 4,
+        branch: int = 8,
+    ):
+        if heads is None or size < 2:
+            raise InputError(f"a tree of {size} nodes that grows needs heads and at least 2 nodes")
+        self.heads, self.size, self.vocabulary, self.beam = heads, size, vocabulary, beam
         self.reads_text = ngram_worth is not None
-        copied = ngram_worth.shape[1] if self.reads_text else 0
+        self.copied = ngram_worth.shape[1] if self.reads_text else 0
         self.longest = len(ngram_worth) - 1 if self.reads_text else 0
-        self.depth = min(max(pool.depth, copied), size - 1)
-        chain = [0, *range(len(pool), len(pool) + copied - 1)][:copied]  # the copied path hangs from the root
-        self.parents = torch.tensor([max(0, parent) for parent in pool.parents] + chain, device=device)
-        self.depths = torch.cat([pool.depths(), 1 + torch.arange(copied)]).to(device)
-        ancestors = torch.block_diag(pool.mask().int(), torch.ones(copied, copied).tril().int()).bool()
-        ancestors[:, 0] = True
-        self.ancestors = ancestors[: len(self.parents), : len(self.parents)].to(device)
-        self.guess_index = pool.guess_index.to(device)
-        self.above = self.ancestors[: len(pool), : len(pool)].float().T.contiguous()
         self.log_worth = ngram_worth.log().to(device) if self.reads_text else None
+        self.levels = min(heads.num_heads, size - 1, depth or heads.num_heads)
+        self.branch = min(size - 1, max(branch, -(-(size - 1) // self.levels)))  # enough to fill the tree
+        depths, parents = [0], 1
+        for k in range(self.levels):
+            depths += [k + 1] * (parents * self.branch)
+            parents = min(beam, parents * self.branch)
+        self.depths = torch.tensor(depths + list(range(1, self.copied + 1)), device=device)
+        self.depth = max(self.levels, min(self.copied, size - 1))
 
     def __call__(self, state: State) -> Candidates:
-        logits = self.heads(state.hidden, self.tree.depth, state.root).float()
-        top = logits.log_softmax(-1).topk(self.tree.width, dim=-1)  # [depth, B, width]
-        values, ids = (x.transpose(0, 1).flatten(1)[:, self.guess_index] for x in top)
-        tokens = torch.cat([state.root.unsqueeze(1), ids], dim=1)
-        worth = torch.cat([torch.zeros_like(values[:, :1]), values], dim=1) @ self.above  # logs, summed along paths
+        tokens, worth, paths = self.grow(state)
         if self.reads_text:
-            copied, matched = ngram_guesses(state.text, state.lengths, self.log_worth.shape[1], self.longest)
-            tokens, worth = torch.cat([tokens, copied], dim=1), torch.cat([worth, self.log_worth[matched]], dim=1)
+            tokens, worth, paths = self.copy(state, tokens, worth, paths)
         worth = worth - 1e-4 * self.depths  # a certain child must not come before its parent
         chosen = worth.topk(self.size, dim=1).indices.sort(dim=1).values  # [B, N], parents before children
-        number = torch.zeros_like(tokens).scatter(
-            1, chosen, torch.arange(self.size, device=chosen.device).expand_as(chosen)
-        )
-        parents = number.gather(1, self.parents[chosen])
-        ancestors = self.ancestors[chosen.unsqueeze(2), chosen.unsqueeze(1)]
-        return Candidates(tokens.gather(1, chosen), parents, self.depths[chosen], ancestors)
+        paths = paths.gather(1, chosen.unsqueeze(2).expand(-1, -1, paths.shape[2]))
+        depths = self.depths[chosen]
+        ancestors = (paths.unsqueeze(3) == chosen[:, None, None]).any(2)
+        parents = paths.gather(2, (depths - 1).clamp(min=0).unsqueeze(2))
+        parents = (parents == chosen.unsqueeze(1)).int().argmax(2)
+        copied = chosen >= self.depths.shape[0] - self.copied
+        return Candidates(tokens.gather(1, chosen), parents, depths, ancestors, copied)
+
+    def grow(self, state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All nodes the heads propose: token ids and log worth ``[B, M]``, and paths ``[B, M, depth + 1]``.
+
+        A path holds the numbers of the nodes above and the node's own, the root's 0 first, -1 beyond its end.
+        """
+        texts, device = len(state.root), state.root.device
+        guess = Guesser(self.heads, state.hidden, self.levels, self.branch, self.vocabulary)
+        words = state.root.view(-1, 1, 1)  # [B, P, k + 1]: the tokens down to each node that gets children
+        worth = torch.zeros(texts, 1, device=device)
+        paths = torch.zeros(texts, 1, 1, dtype=torch.long, device=device)
+        nodes, count = [(state.root.unsqueeze(1), worth, self.pad(paths))], 1
+        for k in range(self.levels):
+            ids, values = guess(k, words)  # [B, P, branch]
+            ids, values = ids.flatten(1), (worth.unsqueeze(2) + values).flatten(1)
+            words, paths = words.repeat_interleave(self.branch, 1), paths.repeat_interleave(self.branch, 1)
+            number = torch.arange(count, count + ids.shape[1], device=device).expand(texts, -1)
+            words, paths = torch.cat([words, ids.unsqueeze(2)], 2), torch.cat([paths, number.unsqueeze(2)], 2)
+            nodes.append((ids, values, self.pad(paths)))
+            count += ids.shape[1]
+            worth, best = values.topk(min(self.beam, values.shape[1]), dim=1)
+            words, paths = (x.gather(1, best.unsqueeze(2).expand(-1, -1, k + 2)) for x in (words, paths))
+        return tuple(torch.cat(parts, 1) for parts in zip(*nodes, strict=True))
+
+    def copy(self, state: State, tokens, worth, paths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with the path of copied tokens; where a head guessed its first token, both grow from one node."""
+        texts, count, device = *tokens.shape, tokens.device
+        copied, matched = ngram_guesses(state.text, state.lengths, self.copied, self.longest)
+        promise = self.log_worth[matched]  # [B, L]
+        first = slice(1, 1 + self.branch)
+        same = (tokens[:, first] == copied[:, :1]) & torch.isfinite(promise[:, :1])  # [B, branch]
+        merged = torch.where(same, worth[:, first].maximum(promise[:, :1]), worth[:, first])
+        worth = torch.cat([worth[:, :1], merged, worth[:, 1 + self.branch :]], 1)
+        own = torch.arange(count, count + self.copied, device=device).expand(texts, -1)
+        start = torch.where(same.any(1), 1 + same.int().argmax(1), own[:, 0]).unsqueeze(1)
+        promise = torch.cat([promise[:, :1].masked_fill(same.any(1, keepdim=True), -torch.inf), promise[:, 1:]], 1)
+        down = torch.cat([torch.zeros_like(start), start, own[:, 1:]], 1).unsqueeze(1).expand(-1, self.copied, -1)
+        beyond = torch.ones(self.copied, self.copied + 1, device=device).triu(2).bool()
+        down = self.pad(down.masked_fill(beyond, -1)[:, :, : self.depth + 1])
+        return torch.cat([tokens, copied], 1), torch.cat([worth, promise], 1), torch.cat([paths, down], 1)
+
+    def pad(self, paths: torch.Tensor) -> torch.Tensor:
+        """Fill paths up with -1 to the depth a tree can have."""
+        return torch.nn.functional.pad(paths, (0, self.depth + 1 - paths.shape[2]), value=-1)
 
 
 def refuse_deep(tree: Tree, heads: MedusaHeads | None) -> None:
     """Raise :class:`InputError` for a tree that is deeper than there are heads."""
-    available = 0 if heads is None else heads.num_heads
+    available = heads.num_heads if heads is not None else 0
     if tree.depth > available:
         raise InputError(
             f"the tree is {tree.depth} guesses deep, but there are {available} heads; prune it to that depth"

@@ -39,6 +39,6 @@ def estimate_minutes(settings: WalkSettings, latency: dict[int, float]) -> dict[
         "01": 10 + 30 * sum(latency.values()),
         "02": 15 + 2 * answers * tokens * row,
         "03": 15 + 2 * 4 * positions * row,
-        "04": 20 + 4 * compared * row + decoded * latency[1] + 2 * 12 * (len(settings.tree_sizes) + 1),
+        "04": 20 + 4 * compared * row + decoded * latency[1] + 2 * 12 * (len(settings.tree_shapes) + 1),
     }
     return {name: value / 60 for name, value in seconds.items()}

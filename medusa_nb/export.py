@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from medusa_nb.bundle import bundle
+from medusa_nb.calibration import Calibration
 from medusa_nb.custom_generate import ABOUT, base_fingerprint
 from medusa_nb.errors import InputError
 from medusa_nb.heads import CONFIG, WEIGHTS, MedusaHeads, portable_name
@@ -19,9 +20,9 @@ def export_tgi(heads: MedusaHeads, folder: Path, version: int = 2, **_) -> None:
     """The original Medusa's layout, which TGI reads: version 2 shares lm_head, version 1 has projections.
 
     Raises:
-        InputError: heads that see the root; version 2 with own projections or other than one block.
+        InputError: heads that see the path; version 2 with own projections or other than one block.
     """
-    _refuse_root(heads, "TGI")
+    _refuse_path(heads, "TGI")
     if version == 2 and heads.projection is not None:
         raise InputError("these heads have their own projections, which is version 1; export with --version 1")
     if version == 2 and heads.num_layers != 1:
@@ -38,9 +39,9 @@ def export_vllm(heads: MedusaHeads, folder: Path, **_) -> None:
     """The layout of vLLM up to 0.32 (0.33 removed Medusa): biases kept, top-1 chain, no tree.
 
     Raises:
-        InputError: heads that see the root.
+        InputError: heads that see the path.
     """
-    _refuse_root(heads, "vLLM")
+    _refuse_path(heads, "vLLM")
     tensors = {}
     for k in range(heads.num_heads):
         for layer in range(heads.num_layers):
@@ -66,12 +67,24 @@ def export_vllm(heads: MedusaHeads, folder: Path, **_) -> None:
 
 
 def export_transformers(
-    heads: MedusaHeads, folder: Path, *, model, tokenizer=None, tree: Tree | None = None, weights: bool = True, **_
+    heads: MedusaHeads,
+    folder: Path,
+    *,
+    model,
+    tokenizer=None,
+    tree: Tree | None = None,
+    calibration: Calibration | None = None,
+    tree_shape: tuple[int, int] = (8, 3),
+    weights: bool = True,
+    **_,
 ) -> None:
     """A folder that plain transformers decodes with heads, with ``trust_remote_code=True``.
 
     Args:
-        tree: the candidate tree; a chain of best guesses by default.
+        tree: a candidate tree that stays the same.
+        calibration: without ``tree``, grow one at every step, n-grams included; ``tree_shape`` are its nodes
+            and how deep the heads guess. With
+            neither, a chain of best guesses.
         weights: copy the base model and tokenizer, too. Without them the folder serves as ``custom_generate``
             for the base model loaded from elsewhere.
     """
@@ -81,13 +94,15 @@ def export_transformers(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     save_file(_plain(heads.tensors()), folder / WEIGHTS)
-    tree = tree or chain(heads.num_heads)
+    if tree is None and calibration is not None:
+        worth = [[round(p, 5) for p in row] for row in calibration.ngram_worth.tolist()]
+        guessing = dict(tree_shape=tree_shape, ngram_worth=worth, frequent=calibration.frequent.tolist())
+    else:
+        guessing = dict(tree=[list(path) for path in (tree or chain(heads.num_heads)).paths])
     about = heads.config() | dict(
-        tree=[list(path) for path in tree.paths],
-        base_model=portable_name(heads.base_name),
-        base_fingerprint=base_fingerprint(model),
+        base_model=portable_name(heads.base_name), base_fingerprint=base_fingerprint(model), **guessing
     )
-    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    (folder / ABOUT).write_text(json.dumps(about) + "\n")
     (folder / "custom_generate").mkdir(exist_ok=True)
     (folder / "custom_generate" / "generate.py").write_text(bundle())
 
@@ -116,10 +131,10 @@ def export(heads: MedusaHeads, folder: str | Path, to: str, **options) -> list[P
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _refuse_root(heads: MedusaHeads, server: str) -> None:
-    if heads.sees_root:
+def _refuse_path(heads: MedusaHeads, server: str) -> None:
+    if heads.sees_path:
         raise InputError(
-            f"these heads see the root, and {server}'s format has no place for that block; export plain heads, "
+            f"these heads see the path, and {server}'s format has no place for that block; export plain heads, "
             "or to transformers"
         )
 

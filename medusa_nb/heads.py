@@ -32,10 +32,10 @@ class MedusaHeads(nn.Module):
         hidden_size, num_heads, num_layers: D, K and the number of residual blocks.
         own_projection: give each head its own ``[V, D]`` projection, a copy of lm_head at the start
             (the original format's version 1), instead of sharing lm_head (version 2).
-        embedding: the base model's frozen input embedding ``[V, D]``. If given, the heads see the root: when
-            they guess, the base model's own next token is already certain, so one more residual block per
-            head reads that token's embedding, too (a first step towards Hydra, arXiv 2402.05109, whose heads
-            also see each other's guesses). No server's format holds this block.
+        embedding: the base model's frozen input embedding ``[V, D]``. If given, the heads see the path: one more
+            residual block per head reads the embeddings of all tokens between the hidden state and its guess,
+            the root first, which the base model itself says, then the guesses above (Hydra, Ankner et al.,
+            arXiv 2402.05109, section 3). No server's format holds this block.
     """
 
     def __init__(
@@ -58,20 +58,21 @@ class MedusaHeads(nn.Module):
         self.projection = None
         if own_projection:
             self.projection = nn.Parameter(like.detach().expand(num_heads, *like.shape).clone())
-        self.root_weight = self.root_bias = None
+        self.path_weight = self.path_bias = None
         if embedding is not None:
-            wide = hidden_size + embedding.weight.shape[1]
-            self.root_weight = nn.Parameter(like.new_zeros(num_heads, hidden_size, wide))
-            self.root_bias = nn.Parameter(like.new_zeros(num_heads, hidden_size))
+            wide, seen = hidden_size, embedding.weight.shape[1]
+            sizes = [wide + (k + 1) * seen for k in range(num_heads)]
+            self.path_weight = nn.ParameterList([like.new_zeros(hidden_size, size) for size in sizes])
+            self.path_bias = nn.Parameter(like.new_zeros(num_heads, hidden_size))
         self.base_name = ""
 
     @classmethod
     def for_model(
-        cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False, see_root: bool = False
+        cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False, see_path: bool = False
     ):
         """Fresh heads that fit a base model: its hidden size, vocabulary, device and dtype."""
         lm_head = model.get_output_embeddings()
-        embedding = model.get_input_embeddings() if see_root else None
+        embedding = model.get_input_embeddings() if see_path else None
         heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection, embedding)
         heads.base_name = model.config._name_or_path
         return heads
@@ -85,45 +86,65 @@ class MedusaHeads(nn.Module):
         return self.weight.shape[1]
 
     @property
-    def sees_root(self) -> bool:
-        """Whether the heads read the root's embedding, too."""
-        return self.root_weight is not None
+    def sees_path(self) -> bool:
+        """Whether the heads read the tokens between the hidden state and their guess, too."""
+        return self.path_weight is not None
 
     def forward(
         self,
         hidden: torch.Tensor,
         count: int | None = None,
-        root: torch.Tensor | None = None,
+        path: torch.Tensor | None = None,
         projection: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``.
 
         Args:
-            root: token ids ``[...]`` that the base model says from these states; needed by heads that see the
-                root, ignored by others.
+            path: token ids ``[..., K]`` that come after these states, of which head k reads the first k + 1;
+                needed by heads that see the path, ignored by others.
             projection: ``[V', D]`` to use in place of the shared lm_head: some of its rows.
         """
         count = self.num_heads if count is None else count
-        x = hidden.reshape(1, -1, hidden.shape[-1]).expand(count, -1, -1)  # [K, rows, D]
+        x = self.blocks(hidden.reshape(-1, hidden.shape[-1]), count)
+        if self.sees_path:
+            if path is None:
+                raise InputError("these heads see the path; pass the tokens that come after the states")
+            path = path.reshape(-1, path.shape[-1])
+            x = torch.stack([self.see(k, x[k], path[:, : k + 1]) for k in range(count)])
+        return self.project(x, 0, projection).reshape(count, *hidden.shape[:-1], -1)
+
+    def after(
+        self, k: int, x: torch.Tensor, path: torch.Tensor, projection: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits ``[B, P, V]`` of head k below P paths: ``x`` ``[B, D]`` from :meth:`blocks`, ids ``[B, P, k + 1]``."""
+        x = x.unsqueeze(1)
+        if self.sees_path:
+            x = self.see(k, x.expand(-1, path.shape[1], -1), path)
+        return self.project(x.flatten(0, 1).unsqueeze(0), k, projection).view(*x.shape[:2], -1)
+
+    def blocks(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        """The residual blocks of the first ``count`` heads: ``[R, D] -> [count, R, D]``."""
+        x = hidden.unsqueeze(0).expand(count, -1, -1)
         for layer in range(self.num_layers):
             weight, bias = self.weight[:count, layer], self.bias[:count, layer]
             x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
-        if self.sees_root:
-            if root is None:
-                raise InputError("these heads see the root; pass the tokens that the base model says from the states")
-            said = self.shared[1](root.reshape(1, -1)).to(x.dtype).expand(count, -1, -1)
-            weight, bias = self.root_weight[:count].transpose(1, 2), self.root_bias[:count]
-            x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), torch.cat([x, said], dim=2), weight))
+        return x
+
+    def see(self, k: int, x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        """Head k's block that reads the path: ``[..., D]``, ids ``[..., k + 1] -> [..., D]``."""
+        seen = self.shared[1](path).to(x.dtype).flatten(-2)
+        return x + F.silu(F.linear(torch.cat([x, seen], -1), self.path_weight[k], self.path_bias[k]))
+
+    def project(self, x: torch.Tensor, first: int, projection: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of n heads from head ``first`` on: ``[n, R, D] -> [n, R, V]``."""
         if projection is not None:
-            logits = F.linear(x, projection)
-        elif self.projection is None:
-            logits = self.shared[0](x)
-        else:
-            logits = x @ self.projection[:count].transpose(1, 2)
-        return logits.reshape(count, *hidden.shape[:-1], -1)
+            return F.linear(x, projection)
+        if self.projection is None:
+            return self.shared[0](x)
+        return x @ self.projection[first : first + len(x)].transpose(1, 2)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by the names of the original Medusa's format (and ``{k}.root.*`` beyond it)."""
+        """All tensors by the names of the original Medusa's format (and ``{k}.path.*`` beyond it)."""
         tensors = {}
         for k in range(self.num_heads):
             for layer in range(self.num_layers):
@@ -131,8 +152,8 @@ class MedusaHeads(nn.Module):
                 tensors[f"{k}.{layer}.linear.bias"] = self.bias[k, layer]
             if self.projection is not None:
                 tensors[f"{k}.{self.num_layers}.weight"] = self.projection[k]
-            if self.sees_root:
-                tensors |= {f"{k}.root.weight": self.root_weight[k], f"{k}.root.bias": self.root_bias[k]}
+            if self.sees_path:
+                tensors |= {f"{k}.path.weight": self.path_weight[k], f"{k}.path.bias": self.path_bias[k]}
         return tensors
 
     def config(self) -> dict:
@@ -145,8 +166,8 @@ class MedusaHeads(nn.Module):
             base_model_name_or_path=portable_name(self.base_name),
             version="2" if self.projection is None else "1",
         )
-        if self.sees_root:
-            config["sees_root"] = True  # no server knows it, so no server takes these heads for plain ones
+        if self.sees_path:
+            config["sees_path"] = True  # no server knows it, so no server takes these heads for plain ones
         return config
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -194,7 +215,7 @@ class MedusaHeads(nn.Module):
             warnings.warn(f"the config states {count} heads, {file} holds {held}; using {held}", stacklevel=3)
             count = held
         own = f"0.{layers}.weight" in tensors
-        heads = cls.for_model(model, count, layers, own, config.get("sees_root", False))
+        heads = cls.for_model(model, count, layers, own, config.get("sees_path", False))
         _refuse_other_base(Path(file).parent, config, tensors, heads)
         expected = {name: tensor.shape for name, tensor in heads.tensors().items()}
         if missing := sorted(expected.keys() - tensors.keys()):

@@ -13,8 +13,9 @@ import torch
 from IPython.display import HTML, display
 
 from medusa_nb.decoding import Decoder, cut_at_end
-from medusa_nb.display import BASELINE, HEAD_COLORS, TINTS, plot_tree
+from medusa_nb.display import BASELINE, HEAD_COLORS, TINTS, plot_tree, tint_of
 from medusa_nb.progress import is_headless
+from medusa_nb.tree import Tree
 
 
 @dataclass
@@ -34,8 +35,7 @@ class Lane:
         clock = min(self.seconds, until) if until is not None else self.seconds
         spans = []
         for piece, head in zip(self.pieces[:shown], self.guessed_by[:shown], strict=True):
-            tint = "" if head is None else f"background:{TINTS[head % len(TINTS)]};"
-            spans.append(f'<span style="{tint}">{html.escape(piece)}</span>')
+            spans.append(f'<span style="{tint_of(head)}">{html.escape(piece)}</span>')
         rate = f"{shown / clock:.0f} tokens/s" if clock else ""
         head = f"<b>{html.escape(self.name)}</b> &nbsp; {shown} tokens &nbsp; {clock:.2f} s &nbsp; {rate}"
         if until is None and self.passes:
@@ -67,10 +67,9 @@ def race(
             continue
         lane.seconds += time.perf_counter() - started
         emitted, ended = cut_at_end(step.emitted, set(eos))
-        for i, token in enumerate(emitted):
-            lane.pieces.append(tokenizer.decode([token]))
-            lane.guessed_by.append(i if i < len(step.path) - 1 else None)
-            lane.times.append(lane.seconds)
+        lane.pieces += [tokenizer.decode([token]) for token in emitted]
+        lane.guessed_by += step.guessed_by[: len(emitted)]
+        lane.times += [lane.seconds] * len(emitted)
         lane.passes += 1
         if ended:
             del runs[name]
@@ -119,17 +118,18 @@ def replay(lanes: dict[str, Lane]) -> None:
 def step_through(decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_tokens: int, shown: int = 3) -> None:
     """Leaf through the passes of one answer: the candidate tree with its tokens and the accepted path.
 
-    ``decoder`` has a static tree. The pass numbered ``shown`` is the static picture.
+    The pass numbered ``shown`` is the static picture.
     """
     steps = [step for [step] in decoder.decode([prompt], max_new_tokens)][1:]
     text = [tokenizer.decode(step.emitted) for step in steps]
-    tree = decoder.draft.tree
 
     def picture(number: int) -> bytes:
         step, before = steps[number], "".join(text[:number])[-40:]
         words = [tokenizer.decode([token]) for token in step.tokens]
         with plt.rc_context({"figure.max_open_warning": 0}), showing_off():
-            plot_tree(tree, words, step.path, f"pass {number + 1}: … {before!r} + {text[number]!r}")
+            plot_tree(
+                Tree.from_parents(step.parents), words, step.path, f"pass {number + 1}: … {before!r} + {text[number]!r}"
+            )
             data = io.BytesIO()
             plt.savefig(data, format="png", dpi=80)
             plt.close("all")
@@ -139,7 +139,7 @@ def step_through(decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_toke
     if is_headless():
         step = steps[shown]
         words = [tokenizer.decode([token]) for token in step.tokens]
-        plot_tree(tree, words, step.path, f"pass {shown + 1} emits {text[shown]!r}")
+        plot_tree(Tree.from_parents(step.parents), words, step.path, f"pass {shown + 1} emits {text[shown]!r}")
         return
     import ipywidgets
 
@@ -163,6 +163,8 @@ class showing_off:
 def head_lens(model, heads, tokenizer, messages: list[dict], shown: int = 4, best: int = 5) -> None:
     """Choose a token of an answer: what did each head guess from there, and was it right?
 
+    Heads that see the path are told the answer's own tokens up to the one they guess.
+
     Args:
         messages: a conversation that ends with the model's answer.
         shown: the answer's token that the static picture shows.
@@ -176,8 +178,8 @@ def head_lens(model, heads, tokenizer, messages: list[dict], shown: int = 4, bes
 
     def table(place: int) -> str:
         t = positions[place]
-        root = torch.tensor(ids[t + 1], device=model.device)
-        top = heads(hidden[t], root=root).float().softmax(-1).topk(best)
+        path = torch.tensor((ids[t + 1 :] + ids[:1] * heads.num_heads)[: heads.num_heads], device=model.device)
+        top = heads(hidden[t], path=path).float().softmax(-1).topk(best)
         marked = [html.escape(tokenizer.decode([i])) for i in ids[start : t + 1]]
         rows = []
         for k in range(heads.num_heads):

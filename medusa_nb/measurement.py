@@ -1,11 +1,11 @@
 """Honest numbers: paired, interleaved, repeated, synchronised; ratios of sums, never means of ratios."""
 
+import json
 import os
 import platform
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +14,20 @@ import psutil
 import torch
 
 from medusa_nb.base_model import context_length, suitable_device
+from medusa_nb.calibration import SPEEDS, Calibration
+from medusa_nb.custom_generate import base_fingerprint
 from medusa_nb.decoding import Decoder, Generation, Step
 from medusa_nb.distillation import is_loop
-from medusa_nb.drafting import State, TreeDraft
+from medusa_nb.drafting import DraftVocabulary, DynamicDraft, State, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import progress
-from medusa_nb.tree import ROOT_ONLY, Tree, build_tree, expected_tokens
+from medusa_nb.tree import ROOT_ONLY, Tree
 
 WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 Decode = Callable[[torch.Tensor], Generation]
+Shape = tuple[int, int]  # of a growing tree: nodes, and how deep the heads guess
+SHAPES: tuple[Shape, ...] = ((8, 2), (8, 3), (8, 4))
 
 
 def synchronize() -> None:
@@ -86,20 +90,75 @@ def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> di
     return {n: statistics.median(values) for n, values in seconds.items()}
 
 
-def fastest_decoder(
-    model, heads: MedusaHeads, rank_counts: Counter, sizes=(8, 12, 16), capacity: int = 512, compiled: bool = True
+def growing_decoder(
+    model, heads: MedusaHeads, calibration: Calibration, shape: Shape, capacity: int, slots: int = 1, **options
 ) -> Decoder:
-    """The decoder whose tree gives most expected tokens a second here, by its whole step's measured time.
+    """A decoder whose tree grows anew at every step, from heads, n-grams and frequent tokens.
 
-    One decoder is made for each tree size and, if wished and a compiler works, compiled.
+    ``shape`` is the number of nodes and how deep the heads guess.
     """
-    decoders = {size: Decoder(model, heads, build_tree(rank_counts, size), capacity=capacity) for size in sizes}
+    vocabulary = DraftVocabulary(heads, calibration.frequent) if heads.projection is None else None
+    draft = DynamicDraft(heads, shape[0], heads.weight.device, calibration.ngram_worth, vocabulary, shape[1])
+    return Decoder(model, capacity=capacity, slots=slots, draft=draft, **options)
+
+
+def fastest_decoder(
+    model,
+    heads: MedusaHeads,
+    calibration: Calibration,
+    shapes: Iterable[Shape] = SHAPES,
+    capacity: int = 512,
+    compiled: bool = True,
+    remember: str | Path | None = None,
+) -> Decoder:
+    """The growing decoder whose tree gives most tokens a second here.
+
+    For each shape the whole step is timed, and tokens per pass are counted on the calibration's prompts.
+
+    Args:
+        compiled: compile, where a compiler works.
+        remember: the heads' folder; shapes measured there on this machine with this dtype are not tried again.
+    """
+    key, shapes = measured_on(model, compiled), list(shapes)
+    file = Path(remember) / SPEEDS if remember else None
+    known = json.loads(file.read_text()) if file and file.exists() else {}
+    rates = {shape: known[key][name_of(shape)] for shape in shapes if name_of(shape) in known.get(key, {})}
+    measured = len(rates) == len(shapes)
+    trying = [max(shapes, key=rates.get)] if measured else shapes
+    decoders = {shape: growing_decoder(model, heads, calibration, shape, capacity) for shape in trying}
     if compiled:
         for decoder in decoders.values():
             decoder.compile()
-    seconds = time_steps(decoders, past=capacity // 2)
-    best = max(sizes, key=lambda size: expected_tokens(decoders[size].draft.tree, rank_counts) / seconds[size])
-    return decoders[best]
+    if not measured:
+        seconds = time_steps(decoders, past=capacity // 2)
+        rates = {shape: calibrated_tokens(decoder, calibration) / seconds[shape] for shape, decoder in decoders.items()}
+        if file and file.parent.is_dir():
+            named = {name_of(shape): round(rate, 1) for shape, rate in rates.items()}
+            file.write_text(json.dumps(known | {key: known.get(key, {}) | named}, indent=2))
+    return decoders[max(decoders, key=rates.get)]
+
+
+def name_of(shape: Shape) -> str:
+    """A tree's shape in words."""
+    return f"{shape[0]} nodes, heads {shape[1]} deep"
+
+
+def calibrated_tokens(decoder: Decoder, calibration: Calibration, max_new_tokens: int = 64) -> float:
+    """Tokens per pass on the calibration's prompts that fit into the decoder."""
+    room = decoder.capacity - max_new_tokens - decoder.draft.size
+    limit = context_length(decoder.model) or room + 1
+    prompts = [torch.tensor(ids) for ids in calibration.prompts if len(ids) <= min(room, limit - 1)]
+    runs = [decoder.generate([ids], max_new_tokens)[0] for ids in prompts]
+    counts = [count for run in runs for count in run.tokens_per_pass[1:]]
+    return sum(counts) / len(counts) if counts else 1.0
+
+
+def measured_on(model, compiled: bool) -> str:
+    """What a step's time depends on, in words."""
+    about = machine(model)
+    names = ("processor", "threads", "accelerator", "torch", "transformers", "device", "dtype")
+    stated = ", ".join(f"{name} {about[name]}" for name in names if name in about)
+    return f"{stated}, {'compiled' if compiled else 'eager'}, base model {base_fingerprint(model)[:16]}"
 
 
 def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, eos: list[int], **options) -> Generation:

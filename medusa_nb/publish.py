@@ -35,7 +35,7 @@ def model_card(repo: str, to: str, heads, results: dict | None = None) -> str:
     lines += ["tags:", "- medusa", "- speculative-decoding", "---", "", f"# {repo.split('/')[-1]}", ""]
     lines += [
         f"{heads.num_heads} Medusa heads ({heads.num_layers} residual block each"
-        f"{', which see the root' if heads.sees_root else ''}) for `{base}`. "
+        f"{', which see the path' if heads.sees_path else ''}) for `{base}`. "
         "The base model is unchanged, and greedy text is the base model's own.",
         "",
         "## Load",
@@ -50,10 +50,10 @@ def model_card(repo: str, to: str, heads, results: dict | None = None) -> str:
             f"Self-distilled: {data['conversations']:,} conversations, {data['tokens']:,} tokens.",
             "",
         ]
-    if scores := results.get("accuracy" if heads.sees_root else "accuracy_plain"):
+    if scores := results.get("accuracy" if heads.sees_path else "accuracy_plain"):
         lines += ["## Held-out accuracy", "", "| head | top-1 | top-5 |", "|---|---|---|"]
         lines += [f"| {k} | {score['top1']:.3f} | {score['top5']:.3f} |" for k, score in enumerate(scores)] + [""]
-    for dtype, part in results.get("speed", {}).items() if heads.sees_root else ():
+    for dtype, part in results.get("speed", {}).items() if heads.sees_path else ():
         speed, machine = part["in_domain_without_loops"], results["machine"]
         lines += [
             f"{dtype} on {machine['cores']} cores of {machine['processor']}: {speed['tokens_per_pass']:.2f} tokens per "

@@ -108,11 +108,9 @@ def base_model_facts(report: dict) -> str:
     if "loops_test_stdlib" in report:
         share = report["loops_test_stdlib"]
         lines.append(f"| loops | **{share:.1%}** of 200 greedy answers, up to 256 tokens, to stdlib `test` functions |")
-    if rounds := report.get("loops_before_each_round"):
-        shares = ", then ".join(f"{share:.0%}" for share in rounds)
-        lines.append(
-            f"| loops before each round of unlearning them | {shares} of greedy answers to `train` functions |"
-        )
+    if looked := runs[-1].get("loop_shares"):
+        shares = ", then ".join(f"{share:.0%}" for share in looked)
+        lines.append(f"| loops during the last run | {shares} of greedy answers to `train` functions |")
     return "\n".join(lines)
 
 

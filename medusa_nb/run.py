@@ -1,9 +1,13 @@
 """Run the notebooks headlessly, in order, and keep what they show and what they measured."""
 
+import hashlib
 import os
+import platform
+import re
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -118,13 +122,17 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
 def keep_outputs(out: Path, only: list[str] | None = None) -> None:
     """Copy the outputs of the walk (or of ``only`` some notebooks), executed in ``out``, into ``notebooks/``.
 
-    Papermill's traces are removed.
+    Papermill's traces are removed. How long the notebook took goes into its first cell, and the versions it ran
+    with into its metadata.
     """
     names = [find(name).name for name in only] if only else [notebook.name for notebook in walk()]
     for executed in sorted(out / name for name in names):
         notebook = nbformat.read(executed, 4)
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-        notebook.metadata.pop("papermill", None)
+        minutes = max(1, round((notebook.metadata.pop("papermill", {}).get("duration") or 0) / 60))
+        took = f"*Took {minutes} minute{'s' if minutes > 1 else ''} on two CPU cores"
+        notebook.cells[0].source = re.sub(r"\*(About|Took) [^*]*? on two CPU cores", took, notebook.cells[0].source)
+        notebook.metadata["executed_with"] = provenance()
         count = 0
         for cell in notebook.cells:
             cell.metadata = {"tags": ["parameters"]} if "parameters" in cell.metadata.get("tags", []) else {}
@@ -135,6 +143,15 @@ def keep_outputs(out: Path, only: list[str] | None = None) -> None:
                     if "execution_count" in output:
                         output.execution_count = count
         nbformat.write(notebook, NOTEBOOKS / executed.name)
+
+
+def provenance() -> dict[str, str]:
+    """Versions of what a notebook runs with, and a hash of this package's code."""
+    code = hashlib.sha256()
+    for file in sorted((ROOT / "medusa_nb").glob("*.py")):
+        code.update(file.read_bytes())
+    versions = {name: version(name) for name in ("torch", "transformers", "datasets", "papermill")}
+    return versions | dict(python=platform.python_version(), medusa_nb=code.hexdigest()[:12])
 
 
 def result_table(results: dict) -> str:

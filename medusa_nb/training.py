@@ -46,8 +46,8 @@ class HeadsWithLoss(nn.Module):
         self.heads, self.depth_decay = heads, depth_decay
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token: the root)."""
-        logits = self.heads(hidden.to(self.heads.weight.dtype), root=labels[:, 0])  # [K, B, V]
+        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token)."""
+        logits = self.heads(hidden.to(self.heads.weight.dtype), path=labels[:, :-1].clamp(min=0))  # [K, B, V]
         losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1])
         decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
         return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())
@@ -111,7 +111,7 @@ def rank_table(heads: MedusaHeads, features: Features, batch: int = 1024) -> tor
     for start in range(0, len(features), batch):
         rows = features.hidden[start : start + batch].to(device, dtype)
         labels = features.labels[start : start + batch, : heads.num_heads + 1].to(device)
-        table.append(label_ranks(heads(rows, root=labels[:, 0]), labels[:, 1:]).cpu())
+        table.append(label_ranks(heads(rows, path=labels[:, :-1].clamp(min=0)), labels[:, 1:]).cpu())
     return torch.cat(table)
 
 
@@ -228,7 +228,7 @@ def _claim(folder: Path, settings: TrainingSettings, heads: MedusaHeads, feature
     note = folder / "checkpoints" / "settings.json"
     own = heads.projection is not None
     claim = asdict(settings) | dict(
-        heads=heads.num_heads, layers=heads.num_layers, own_projection=own, see_root=heads.sees_root
+        heads=heads.num_heads, layers=heads.num_layers, own_projection=own, see_path=heads.sees_path
     )
     claim |= dict(features=features.about.get("key"), positions=len(features))
     if note.exists() and json.loads(note.read_text()) != claim:

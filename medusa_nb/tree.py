@@ -6,12 +6,10 @@ The best tree of n nodes is therefore the n most frequent prefixes; no independe
 assumed. Which n is best depends on the machine (Sequoia, arXiv 2402.12374, section 3.2).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -46,6 +44,16 @@ class Tree:
         object.__setattr__(self, "parents", parents)
         object.__setattr__(self, "children", tuple(map(tuple, children)))
 
+    @classmethod
+    def from_parents(cls, parents: Iterable[int]) -> "Tree":
+        """The tree of nodes with these parents (the root's own is not asked); siblings are ranked in their order."""
+        paths: list[Ranks] = [()]
+        born: Counter = Counter()
+        for parent in list(parents)[1:]:
+            paths.append(paths[parent] + (born[parent],))
+            born[parent] += 1
+        return cls(tuple(paths))
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -69,11 +77,6 @@ class Tree:
     def depths(self) -> torch.Tensor:
         """``[N]``: how many tokens after the root each node stands."""
         return torch.tensor([len(path) for path in self.paths])
-
-    @cached_property
-    def guess_index(self) -> torch.Tensor:
-        """``[N - 1]``: where each guess lies in the flattened ``[K, width]`` table of top guesses."""
-        return torch.tensor([(len(p) - 1) * self.width + p[-1] for p in self.paths[1:]], dtype=torch.long)
 
 
 ROOT_ONLY = Tree(((),))
@@ -160,20 +163,3 @@ def tokens_per_second(tree: Tree, rank_counts: Counter, latency_by_width: dict[i
 def tree_from_paths(paths: Iterable[Ranks]) -> Tree:
     """A tree from rank tuples in any order; the root may be left out."""
     return Tree(tuple(sorted({(), *map(tuple, paths)}, key=lambda p: (len(p), p))))
-
-
-def save_rank_counts(ranks: torch.Tensor, file: str | Path) -> Counter:
-    """Count ranks (see :func:`count_ranks`) and write them as JSON; returns the counts."""
-    counts = count_ranks(ranks)
-    Path(file).write_text(json.dumps([[list(path), count] for path, count in counts.most_common()]))
-    return counts
-
-
-def load_rank_counts(file: str | Path) -> Counter:
-    """Read what :func:`save_rank_counts` wrote."""
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(
-            f"there is no '{file}' with the ranks of these heads; train them again, or count_ranks yourself"
-        )
-    return Counter({tuple(path): count for path, count in json.loads(file.read_text())})

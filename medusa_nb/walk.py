@@ -22,6 +22,7 @@ class WalkSettings:
     repeats: int
     latency_repeats: int
     tree_sizes: tuple[int, ...]
+    tree_shapes: tuple[tuple[int, int], ...]
     bench_dtypes: tuple[str, ...]
     race_conversations: int
     server_conversations: int
@@ -41,9 +42,10 @@ RUNS = {
         repeats=3,
         latency_repeats=25,
         tree_sizes=(6, 8, 12, 16),
+        tree_shapes=((8, 2), (8, 3), (8, 4)),
         bench_dtypes=("float32", "bfloat16"),
         race_conversations=200,
-        server_conversations=120,
+        server_conversations=450,
     ),
     "smoke": WalkSettings(
         train_prompts=48,
@@ -56,6 +58,7 @@ RUNS = {
         repeats=2,
         latency_repeats=3,
         tree_sizes=(6,),
+        tree_shapes=((6, 2),),
         bench_dtypes=("float32",),
         race_conversations=8,
         server_conversations=8,

@@ -9,6 +9,7 @@ import torch
 from conftest import EOS, small_llama
 from transformers import T5Config
 
+from medusa_nb import base_model
 from medusa_nb.base_model import (
     DEFAULT,
     as_dtype,
@@ -114,3 +115,13 @@ def test_fingerprint_changes_with_any_byte():
     with torch.no_grad():
         model.lm_head.weight[3, 3] *= 1.01
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    ("native", "faster", "expected"), [(True, 2.0, "bfloat16"), (True, 1.2, "float32"), (False, 9, "float32")]
+)
+def test_bf16_only_where_it_is_native_and_clearly_faster(monkeypatch, native, faster, expected):
+    monkeypatch.setattr(base_model, "has_native_bf16", lambda: native)
+    seconds = {torch.float32: faster, torch.bfloat16: 1.0}
+    monkeypatch.setattr(base_model, "_linear_seconds", lambda dtype, hidden: seconds[dtype])
+    assert base_model.suitable_dtype("cpu") == getattr(torch, expected)

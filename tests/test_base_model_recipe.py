@@ -39,11 +39,20 @@ def test_only_the_assistant_is_supervised(recipe, rows):
         assert labels[line, prompt : len(tokens)].tolist() == tokens[prompt:].tolist()
 
 
-def test_repetitions_are_marked_from_the_third_time_on(recipe):
-    assert recipe.repeated([1, 2, 3]) == [False] * 3
+def test_the_third_time_is_where_a_loop_is_entered(recipe):
+    assert recipe.onset([1, 2, 3]) == [False] * 3
     text = [9, 8] + [1, 2, 3] * 12 + [7]
-    marked = [i for i, again in enumerate(recipe.repeated(text)) if again]
-    assert marked == list(range(2 + 6, 2 + 36))
+    marked = [i for i, enters in enumerate(recipe.onset(text)) if enters]
+    assert marked == [2 + 6, 2 + 7, 2 + 8]
+
+
+def test_answers_are_cut_behind_the_entry_into_their_loop(recipe):
+    short, long = ([5, 6], [1, 2] * 20), ([5], [9] * 4 + [1, 2, 3] * 20)
+    ids, enters = recipe.pad_answers([short, long])
+    assert ids.shape == enters.shape == (2, 16)
+    assert ids[0, :8].tolist() == [5, 6, 1, 2, 1, 2, 1, 2] and ids[0, 8:].eq(0).all()
+    assert enters[0].nonzero()[:, 0].tolist() == [6, 7]
+    assert ids[1][enters[1]].tolist() == [1, 2, 3] and ids[1].nonzero()[-1].item() == enters[1].nonzero()[-1].item()
 
 
 def test_unlikelihood_lowers_the_probability_of_a_token(recipe):
@@ -61,20 +70,59 @@ def test_the_learning_rate_warms_up_and_ends_at_zero(recipe):
     assert recipe.learning_rate(1.0) == 0
 
 
-def test_training_resumes_from_its_checkpoint_and_starts_from_given_weights(recipe, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        recipe, "CONFIG", recipe.CONFIG | dict(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
-    )
+@pytest.fixture
+def small(recipe, monkeypatch):
+    """A model so small that a second of training is many steps, and nothing is compiled."""
+    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=1)
+    monkeypatch.setattr(recipe, "CONFIG", recipe.CONFIG | sizes)
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda f: f))
-    model, state = recipe.train(rows, tmp_path, minutes=1 / 60, save_every=9)
-    again, later = recipe.train(rows, tmp_path, minutes=1 / 60, save_every=9)
-    assert later["step"] == state["step"] > 3
+
+
+def test_training_resumes_and_another_run_goes_on(recipe, rows, tmp_path, monkeypatch, small):
+    monkeypatch.setattr(recipe, "LOOP_CHECKS", ())
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    model, state = recipe.train(rows, [0], one, minutes=1 / 60, save_every=9)
+    again, later = recipe.train(rows, [0], one, minutes=1 / 60, save_every=9)
+    assert later == state and state["step"] > 3
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    recipe.export(again, tmp_path / "model")
-    (tmp_path / "other").mkdir()
-    longer, state = recipe.train(rows, tmp_path / "other", 1 / 60, 9, init=tmp_path / "model", peak=0.5)
-    assert state["epoch"] >= 1
-    assert longer.config.hidden_size == 48
+    _, longer = recipe.train(rows, [0], other, 1 / 60, 9, earlier=one, peak=0.5)
+    assert longer["step"] > 3 and (longer["epoch"], longer["batch"]) > (state["epoch"], state["batch"])
+
+
+def test_loops_are_looked_for_and_trained_against(recipe, rows, tmp_path, monkeypatch, small):
+    loop, seen = ([5, 6, 3], [7, 8] * 30), []
+    monkeypatch.setattr(recipe, "LOOP_CHECKS", (0.0, 0.5))
+    monkeypatch.setattr(recipe, "LOOP_PROMPTS", 4)
+    monkeypatch.setattr(recipe, "find_loops", lambda *arguments, seed: seen.append(seed) or [loop])
+    model, state = recipe.train(rows, [0], tmp_path, minutes=2 / 60, save_every=9)
+    assert seen == [0, 1] and state["loop_shares"] == [0.25, 0.25]
+
+    def going_on():
+        ids = torch.tensor([loop[0] + loop[1][:5]])
+        return model(ids).logits[0, -1].softmax(-1)[loop[1][5]].item()
+
+    trained = going_on()
+    torch.manual_seed(recipe.SEED)
+    monkeypatch.setattr(recipe, "LOOP_CHECKS", ())
+    (tmp_path / "plain").mkdir()
+    model, _ = recipe.train(rows, [0], tmp_path / "plain", minutes=2 / 60, save_every=9)
+    assert trained < going_on()
+
+
+def test_found_loops_are_the_models_own(recipe, rows, monkeypatch):
+    monkeypatch.setattr(recipe, "LOOP_PROMPTS", 6)
+    asked = []
+
+    def answers(model, prompts, limit, ends):
+        asked.extend(prompts)
+        return [([1, 2] * 40 if i % 2 else [1, 2, 3], True) for i in range(len(prompts))]
+
+    monkeypatch.setattr(recipe, "generate_batch", answers)
+    found = recipe.find_loops(torch.nn.Identity(), rows, [3, 4, 5], seed=1)
+    assert len(asked) == 6 and [prompt for prompt, _ in found] == asked[1::2]
+    likely = [rows[i][0][: rows[i][1]].tolist() for i in (3, 4, 5)]
+    assert sorted(asked[:3]) == sorted(likely)
 
 
 @pytest.mark.parametrize(

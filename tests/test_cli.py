@@ -18,7 +18,7 @@ def answers(tmp_path_factory):
 def test_distill_train_generate_measure(answers, tmp_path, capsys):
     heads = tmp_path / "heads"
     assert main(["train", str(answers), str(heads), "--heads", "2", "--epochs", "1", "--dtype", "float32"]) == 0
-    assert {"config.json", "medusa_lm_head.safetensors", "rank_counts.json"} <= {f.name for f in heads.iterdir()}
+    assert {"config.json", "medusa_lm_head.safetensors", "calibration.json"} <= {f.name for f in heads.iterdir()}
     capsys.readouterr()
     assert main(["generate", str(heads), "def f(x):", "--max-new-tokens", "8", "--dtype", "float32"]) == 0
     assert "passes" in capsys.readouterr().err

@@ -21,8 +21,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from medusa_nb.decoding import Decoder, cut_at_end, greedy_generate, longest_right_path, medusa_generate
-from medusa_nb.drafting import Candidates, TreeDraft
+from medusa_nb.decoding import (
+    NGRAM,
+    Decoder,
+    Step,
+    cut_at_end,
+    greedy_generate,
+    longest_right_path,
+    medusa_generate,
+)
+from medusa_nb.drafting import Candidates, DynamicDraft, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, chain, tree_from_paths
@@ -65,12 +73,13 @@ def prompt(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_heads(model, count: int, seed: int = 0, std: float = 0.5, see_root: bool = False) -> MedusaHeads:
-    heads = MedusaHeads.for_model(model, count, see_root=see_root)
+def random_heads(model, count: int, seed: int = 0, std: float = 0.5, see_path: bool = False) -> MedusaHeads:
+    heads = MedusaHeads.for_model(model, count, see_path=see_path)
     torch.manual_seed(seed)
     torch.nn.init.normal_(heads.weight, std=std)
-    if see_root:
-        torch.nn.init.normal_(heads.root_weight, std=std)
+    if see_path:
+        for weight in heads.path_weight:
+            torch.nn.init.normal_(weight, std=std)
     return heads.requires_grad_(False)
 
 
@@ -224,7 +233,7 @@ def test_longest_right_path_is_the_walk_from_the_root(seed):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_several_prompts_at_once_give_the_texts_of_one_by_one(config):
     model = random_model(config, seed=3)
-    heads, tree = random_heads(model, 3, seed=3, see_root=True), random_tree(3, 9, seed=3)
+    heads, tree = random_heads(model, 3, seed=3, see_path=True), random_tree(3, 9, seed=3)
     prompts, ends = [prompt(length, seed=length)[0] for length in (1, 30, 7, 52, 8)], list(range(3, 50, 5))
     decoder = Decoder(model, heads, tree, slots=5, capacity=52 + 40 + len(tree))
     together = decoder.generate(prompts, max_new_tokens=40, eos_token_id=ends)
@@ -366,3 +375,22 @@ def test_recurrent_model_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(InputError, match="recurrent state"):
         greedy_generate(model, prompt(5))
+
+
+def test_who_guessed_each_token():
+    step = Step([7, 1, 2, 3], [0, 1, 3], [1, 3, 9], [0, 0, 0, 1], {3})
+    assert step.guessed_by == [0, NGRAM, None]
+    assert Step([], [], [5]).guessed_by == [None]
+    assert Step([7, 1], [0, 1], [1]).guessed_by == [0]  # cut at the end of the text
+
+
+def test_every_emitted_guess_is_told_from_the_base_models_own(small_model):
+    worth = torch.full((4, 4), 0.9).masked_fill(torch.arange(4).unsqueeze(1) == 0, 0.0)
+    draft = DynamicDraft(random_heads(small_model, 2), 6, "cpu", worth)
+    result = Decoder(small_model, draft=draft, capacity=96).generate([prompt(30)[0]], 50, [])[0]
+    who = [source for step in result.steps for source in step.guessed_by]
+    assert len(who) == len(result.new_tokens)
+    assert who.count(None) >= len(result.steps) - 1
+    for step in result.steps[1:]:
+        nodes = step.path[1:][: len(step.emitted)]
+        assert [step.tokens[node] for node in nodes] == step.emitted[: len(nodes)]

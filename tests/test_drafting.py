@@ -1,6 +1,5 @@
 """Drafts: dynamic trees and n-gram guesses are what a slow obvious version says, and never change the text."""
 
-import math
 import random
 
 import pytest
@@ -10,7 +9,7 @@ from test_decoding import CONFIGS, prompt, random_heads
 from test_heads import seeing_heads
 
 from medusa_nb.decoding import Decoder, greedy_generate
-from medusa_nb.drafting import DraftVocabulary, DynamicDraft, State, TreeDraft, frequent_tokens
+from medusa_nb.drafting import Candidates, DraftVocabulary, DynamicDraft, State, TreeDraft, frequent_tokens
 from medusa_nb.errors import InputError
 from medusa_nb.ngrams import ngram_guesses, ngram_worth
 from medusa_nb.tree import chain
@@ -48,31 +47,74 @@ def test_ngram_worth_by_hand():
     assert worth[3].tolist() == [0, 0]  # after '1 2 3': guessed 4, wrong
 
 
-def slow_choice(draft: DynamicDraft, state: State) -> set[tuple[int, ...]]:
-    """The best-first way, for one text without n-grams: the most probable paths of ranks."""
-    probabilities = draft.heads(state.hidden, root=state.root).softmax(-1)[:, 0].sort(descending=True).values
-    worth = {p: math.prod(probabilities[k, rank].item() for k, rank in enumerate(p)) for p in draft.tree.paths}
-    return set(sorted(worth, key=worth.get, reverse=True)[: draft.size])
+def slow_logits(heads, hidden: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
+    """What the head below ``path`` (token ids, the root first) says, alone: ``[V]``."""
+    k = len(path) - 1
+    whole = torch.tensor([path + (0,) * (heads.num_heads - len(path))])
+    return heads(hidden, path=whole)[k, 0]
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_dynamic_tree_holds_the_most_probable_paths(small_model, seed):
-    heads, pool = seeing_heads(small_model, 3, seed), random_tree(3, 30, seed)
-    draft = DynamicDraft(heads, pool, 9, "cpu")
+def slow_choice(heads, state: State, size: int, branch: int) -> set[tuple[int, ...]]:
+    """The best-first way, for one text without n-grams: of all paths of tokens the most probable ones."""
+    worth, level = {(state.root.item(),): 1.0}, [(state.root.item(),)]
+    for _ in range(heads.num_heads):
+        deeper = []
+        for path in level:
+            top = slow_logits(heads, state.hidden, path).softmax(-1).topk(branch)
+            for p, token in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                worth[path + (token,)] = worth[path] * p
+                deeper.append(path + (token,))
+        level = deeper
+    return set(sorted(worth, key=worth.get, reverse=True)[:size])
+
+
+def paths_of(candidates: Candidates) -> list[tuple[int, ...]]:
+    """The first text's nodes as paths of token ids, with the tree's shape checked on the way."""
+    tokens, parents, depths, ancestors = (x[0].tolist() for x in candidates[:4])
+    paths, above = [(tokens[0],)], [{0}]
+    for node in range(1, len(tokens)):
+        assert parents[node] < node
+        paths.append(paths[parents[node]] + (tokens[node],))
+        above.append(above[parents[node]] | {node})
+    assert depths == [len(path) - 1 for path in paths]
+    assert [{i for i, seen in enumerate(row) if seen} for row in ancestors] == above
+    return paths
+
+
+@pytest.mark.parametrize("seeing", [True, False], ids=["see the path", "plain"])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_growing_tree_holds_the_most_probable_paths(small_model, seed, seeing):
+    heads = seeing_heads(small_model, 3, seed) if seeing else random_heads(small_model, 3, seed)
+    draft = DynamicDraft(heads, 9, "cpu", beam=64, branch=6)
     torch.manual_seed(seed)
     state = State(torch.tensor([seed]), 3 * torch.randn(1, 32), torch.tensor([5]))
-    tokens, parents, depths, ancestors = (x[0] for x in draft(state))
-    top = heads(state.hidden, root=state.root)[:, 0].argsort(descending=True)
-    paths = [()]
-    for node in range(1, 9):
-        assert parents[node] < node
-        head = depths[node] - 1
-        rank = (top[head] == tokens[node]).nonzero().item()
-        paths.append(paths[parents[node]] + (rank,))
-        assert len(paths[node]) == depths[node]
-        above = ancestors[node].nonzero()[:, 0].tolist()
-        assert above == sorted({node, *ancestors[parents[node]].nonzero()[:, 0].tolist()})
-    assert set(paths) == slow_choice(draft, state)
+    paths = paths_of(draft(state))
+    assert set(paths) == slow_choice(heads, state, 9, 6) and len(set(paths)) == 9
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 3, 8, 12])
+def test_every_size_can_be_grown(small_model, K, size):
+    draft = DynamicDraft(seeing_heads(small_model, K), size, "cpu", WORTH)
+    state = State(torch.arange(3), torch.randn(3, 32), torch.tensor([5, 9, 2]), torch.randint(4, (3, 20)))
+    candidates = draft(state)
+    assert candidates.tokens.shape == (3, size)
+    assert len(set(paths_of(candidates))) > 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_static_tree_is_filled_path_by_path(small_model, seed):
+    heads, tree = seeing_heads(small_model, 3, seed), random_tree(3, 14, seed)
+    torch.manual_seed(seed)
+    state = State(torch.tensor([seed, 7]), 3 * torch.randn(2, 32), torch.tensor([5, 5]))
+    tokens = TreeDraft(heads, tree, "cpu")(state).tokens
+    for line in range(2):
+        words = [(tokens[line, 0].item(),)]
+        for node in range(1, len(tree)):
+            above, rank = words[tree.parents[node]], tree.paths[node][-1]
+            best = slow_logits(heads, state.hidden[line : line + 1], above).argsort(descending=True)
+            assert tokens[line, node] == best[rank]
+            words.append(above + (tokens[line, node].item(),))
 
 
 WORTH = torch.tensor([[0.0] * 4, [0.3, 0.2, 0.1, 0.05], [0.6, 0.5, 0.4, 0.3], [0.9, 0.8, 0.7, 0.6]])
@@ -82,7 +124,7 @@ WORTH = torch.tensor([[0.0] * 4, [0.3, 0.2, 0.1, 0.05], [0.6, 0.5, 0.4, 0.3], [0
 @pytest.mark.parametrize("worth", [None, WORTH], ids=["heads", "heads and n-grams"])
 def test_dynamic_trees_do_not_change_the_text(config, worth):
     model = random_model(config, seed=7)
-    draft = DynamicDraft(random_heads(model, 3, seed=7), random_tree(3, 20, seed=7), 9, "cpu", worth)
+    draft = DynamicDraft(random_heads(model, 3, seed=7, see_path=True), 9, "cpu", worth)
     decoder = Decoder(model, draft=draft, slots=3, capacity=52 + 40 + 9)
     prompts, ends = [prompt(length, seed=length)[0] for length in (1, 30, 52)], list(range(3, 50, 9))
     for ids, result in zip(prompts, decoder.generate(prompts, 40, ends), strict=True):
@@ -92,17 +134,20 @@ def test_dynamic_trees_do_not_change_the_text(config, worth):
 def test_certain_ngrams_come_before_doubtful_heads(small_model):
     text = torch.tensor([7, 8, 9, 10, 11, 12, 7, 8, 9, 10])
     certain = torch.full((4, 4), 0.99).masked_fill(torch.arange(4).unsqueeze(1) == 0, 0.0)
-    draft = DynamicDraft(random_heads(small_model, 2), random_tree(2, 9), 5, "cpu", certain)
+    draft = DynamicDraft(random_heads(small_model, 2), 5, "cpu", certain)
     state = Decoder(small_model, draft=draft, capacity=96).start([text])
     state.text[0, len(text)] = 11  # as if the model had gone on like this
     candidates = draft(state._replace(root=torch.tensor([11])))
     assert candidates.tokens[0].tolist() == [11, 12, 7, 8, 9]
     assert candidates.parents[0].tolist() == [0, 0, 1, 2, 3]
+    assert candidates.copied[0].tolist() == [False, True, True, True, True]
 
 
 def test_the_compiled_dynamic_step_gives_the_same_text():
     model = small_llama(seed=3)
-    draft = DynamicDraft(seeing_heads(model, 3), random_tree(3, 20), 9, "cpu", WORTH)
+    draft = DynamicDraft(
+        seeing_heads(model, 3), 9, "cpu", WORTH, DraftVocabulary(seeing_heads(model, 3), torch.arange(40))
+    )
     decoder = Decoder(model, draft=draft, capacity=96)
     decoder.compile()
     if decoder.why_eager:
@@ -113,11 +158,22 @@ def test_the_compiled_dynamic_step_gives_the_same_text():
         assert decoder.generate([ids[0]], 40, eos_token_id=[])[0].new_tokens == expected
 
 
-def test_pools_that_are_refused(small_model):
-    with pytest.raises(InputError, match="9 nodes cannot be chosen from a pool of 3"):
-        DynamicDraft(random_heads(small_model, 2), chain(2), 9, "cpu")
+def test_a_copied_token_that_a_head_guessed_too_is_checked_once(small_model):
+    heads = seeing_heads(small_model, 2)
+    draft = DynamicDraft(heads, 6, "cpu", torch.full((4, 3), 0.9).masked_fill(torch.arange(4).unsqueeze(1) == 0, 0.0))
+    state = State(torch.tensor([7]), 3 * torch.randn(1, 32), torch.tensor([6]))
+    guessed = heads(state.hidden, path=torch.tensor([[7, 0]]))[0, 0].argmax().item()
+    text = torch.tensor([[7, guessed, 8, 9, 1, 2, 7, 0, 0]])  # after 7 came what head 0 guesses, then 8 and 9
+    paths = paths_of(draft(state._replace(text=text)))
+    assert (7, guessed, 8, 9) in paths
+    assert len(set(paths)) == len(paths) or sum(path == (7, guessed) for path in paths) == 1
+
+
+def test_drafts_that_are_refused(small_model):
+    with pytest.raises(InputError, match="needs heads and at least 2 nodes"):
+        DynamicDraft(random_heads(small_model, 2), 1, "cpu")
     with pytest.raises(InputError, match="3 guesses deep.*2 heads"):
-        DynamicDraft(random_heads(small_model, 2), chain(3), 2, "cpu")
+        Decoder(small_model, random_heads(small_model, 2), chain(3), capacity=50)
 
 
 def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
@@ -125,9 +181,11 @@ def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
     ids = torch.arange(1, 50, 2)
     draft = TreeDraft(heads, tree, "cpu", DraftVocabulary(heads, ids))
     state = State(torch.tensor([3]), torch.randn(1, 32), torch.tensor([5]))
-    logits = heads(state.hidden, root=state.root)[:, 0]
-    expected = [ids[logits[k, ids].argmax()].item() for k in range(2)]
-    assert draft(state).tokens[0].tolist() == [3, *expected]
+    expected = [3]
+    for _ in range(2):
+        logits = slow_logits(heads, state.hidden, tuple(expected))
+        expected.append(ids[logits[ids].argmax()].item())
+    assert draft(state).tokens[0].tolist() == expected
     decoder = Decoder(small_model, draft=draft, capacity=60)
     plain = greedy_generate(small_model, prompt(5), 40, eos_token_id=[])
     assert decoder.generate([prompt(5)[0]], 40, eos_token_id=[])[0].new_tokens == plain.new_tokens

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_decoding import Listener, prompt
 from test_heads import SHAPES, random_heads, seeing_heads
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
+from medusa_nb.calibration import Calibration
 from medusa_nb.errors import InputError
 from medusa_nb.export import export
 from medusa_nb.heads import CONFIG, WEIGHTS, MedusaHeads
@@ -75,7 +77,7 @@ def test_vllm_config_keeps_the_biases(tmp_path, small_model):
 
 
 @pytest.mark.parametrize("to", ["tgi", "vllm"])
-def test_heads_that_see_the_root_are_for_our_own_decoding(tmp_path, small_model, to):
+def test_heads_that_see_the_path_are_for_our_own_decoding(tmp_path, small_model, to):
     with pytest.raises(InputError, match="has no place for that block"):
         export(seeing_heads(small_model), tmp_path / "out", to)
 
@@ -125,12 +127,14 @@ def test_a_config_that_states_fewer_heads_is_said_so(tmp_path, small_model):
 # --- the transformers folder ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A tiny model with heads that see the root, exported for transformers."""
+@pytest.fixture(scope="module", params=["static tree", "growing tree"])
+def folder(tmp_path_factory, tokenizer, request):
+    """A tiny model with heads that see the path, exported for transformers."""
     model = small_llama(len(tokenizer), context=256, seed=1)
     heads, out = seeing_heads(model, 3, seed=1), tmp_path_factory.mktemp("export") / "model"
-    export(heads, out, "transformers", model=model, tokenizer=tokenizer, tree=random_tree(3, 9, seed=1))
+    tree = random_tree(3, 9, seed=1) if request.param == "static tree" else None
+    known = Calibration(Counter(), torch.full((4, 5), 0.3), torch.arange(5, 2000), [])
+    export(heads, out, "transformers", model=model, tokenizer=tokenizer, tree=tree, calibration=known)
     return out
 
 
@@ -248,6 +252,7 @@ def test_another_base_model_is_refused(folder, tokenizer):
 
 ALONE = """
 import sys
+from collections import Counter
 sys.modules["medusa_nb"] = None  # as if it were not installed: any import of it fails
 import torch
 from transformers import AutoModelForCausalLM

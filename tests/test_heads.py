@@ -174,41 +174,47 @@ def test_no_head_is_refused(small_model):
 
 
 def seeing_heads(model, K=3, seed=0) -> MedusaHeads:
-    heads = MedusaHeads.for_model(model, K, see_root=True)
+    heads = MedusaHeads.for_model(model, K, see_path=True)
     torch.manual_seed(seed)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return heads.requires_grad_(False)
 
 
-def test_heads_that_see_the_root_equal_a_loop(small_model):
-    heads, hidden, root = seeing_heads(small_model), torch.randn(2, 5, 32), torch.randint(50, (2, 5))
-    logits = heads(hidden, root=root)
-    said = small_model.get_input_embeddings()(root)
+def test_heads_that_see_the_path_equal_a_loop(small_model):
+    heads, hidden, path = seeing_heads(small_model), torch.randn(2, 5, 32), torch.randint(50, (2, 5, 3))
+    logits = heads(hidden, path=path)
+    words = small_model.get_input_embeddings()(path)
     for k in range(3):
         x = hidden + F.silu(F.linear(hidden, heads.weight[k, 0], heads.bias[k, 0]))
-        x = x + F.silu(F.linear(torch.cat([x, said], -1), heads.root_weight[k], heads.root_bias[k]))
+        seen = torch.cat([x, *(words[:, :, i] for i in range(k + 1))], -1)
+        x = x + F.silu(F.linear(seen, heads.path_weight[k], heads.path_bias[k]))
         assert torch.allclose(logits[k], small_model.lm_head(x), atol=1e-4)
-    assert not torch.allclose(logits, heads(hidden, root=(root + 1) % 50))
+        alone = heads.after(k, heads.blocks(hidden[0], 3)[k], path[0, :, None, : k + 1])
+        assert torch.allclose(alone[:, 0], logits[k, 0], atol=1e-4)
+    other = path.clone()
+    other[..., 1] = (other[..., 1] + 1) % 50
+    changed = [not torch.allclose(a, b) for a, b in zip(logits, heads(hidden, path=other), strict=True)]
+    assert changed == [False, True, True]  # head 0 sees the root only
 
 
-def test_untrained_heads_that_see_the_root_repeat_the_base_model(small_model):
+def test_untrained_heads_that_see_the_path_repeat_the_base_model(small_model):
     hidden = torch.randn(9, 32)
-    logits = MedusaHeads.for_model(small_model, 2, see_root=True)(hidden, root=torch.arange(9))
+    logits = MedusaHeads.for_model(small_model, 2, see_path=True)(hidden, path=torch.arange(18).view(9, 2))
     assert torch.allclose(logits[1], small_model.lm_head(hidden), atol=1e-5)
 
 
-def test_heads_that_see_the_root_come_back_as_they_went(tmp_path, small_model):
+def test_heads_that_see_the_path_come_back_as_they_went(tmp_path, small_model):
     heads = seeing_heads(small_model)
     heads.save_pretrained(tmp_path)
     again = MedusaHeads.from_pretrained(tmp_path, small_model)
-    hidden, root = torch.randn(4, 32), torch.arange(4)
-    assert again.sees_root and torch.equal(again(hidden, root=root), heads(hidden, root=root))
-    rewrite(tmp_path, **{"1_root_bias": None})
-    with pytest.raises(InputError, match=r"lacks 1\.root\.bias"):
+    hidden, path = torch.randn(4, 32), torch.arange(12).view(4, 3)
+    assert again.sees_path and torch.equal(again(hidden, path=path), heads(hidden, path=path))
+    rewrite(tmp_path, **{"1_path_bias": None})
+    with pytest.raises(InputError, match=r"lacks 1\.path\.bias"):
         MedusaHeads.from_pretrained(tmp_path, small_model)
 
 
-def test_heads_that_see_the_root_need_it(small_model):
-    with pytest.raises(InputError, match="these heads see the root"):
+def test_heads_that_see_the_path_need_it(small_model):
+    with pytest.raises(InputError, match="these heads see the path"):
         seeing_heads(small_model)(torch.randn(2, 32))

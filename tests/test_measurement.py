@@ -7,13 +7,16 @@ import torch
 from conftest import EOS, random_tree
 
 from medusa_nb import measurement
+from medusa_nb.calibration import Calibration
 from medusa_nb.decoding import Decoder, Generation, Step, greedy_generate
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
     Timing,
+    calibrated_tokens,
     compare,
     fastest_decoder,
     first_difference_gap,
+    growing_decoder,
     identity,
     largest_gap,
     measure_latency,
@@ -127,14 +130,40 @@ def test_without_loops():
     assert without_loops(timing) == [True, False, True]
 
 
-def test_the_fastest_decoder_is_the_one_with_most_tokens_a_second(small_model, monkeypatch):
-    heads, seconds = MedusaHeads.for_model(small_model, 2), {2: 1.0, 4: 1.2, 5: 9.0}
-    monkeypatch.setattr(measurement, "time_steps", lambda decoders, past: {n: seconds[n] for n in decoders})
-    counts = Counter({(): 10, (0,): 5, (1,): 4, (0, 0): 2, (2,): 1})  # 1.5, 2.1 and 2.2 tokens
-    chosen = fastest_decoder(small_model, heads, counts, sizes=(2, 4, 5), capacity=40, compiled=False)
-    assert len(chosen.draft.tree) == 4
+def test_the_fastest_decoder_is_the_one_with_most_tokens_a_second(small_model, monkeypatch, tmp_path):
+    heads, seconds, tried = MedusaHeads.for_model(small_model, 2), {2: 1.0, 4: 1.2, 5: 9.0}, []
+    tokens = {2: 1.5, 4: 2.1, 5: 2.2}
+
+    def step_times(decoders, past):
+        tried.append(set(decoders))
+        return {shape: seconds[shape[0]] for shape in decoders}
+
+    monkeypatch.setattr(measurement, "time_steps", step_times)
+    monkeypatch.setattr(measurement, "calibrated_tokens", lambda decoder, known: tokens[decoder.draft.size])
+    known = Calibration(Counter(), torch.zeros(4, 3), torch.arange(20), [[1, 2]])
+
+    shapes = [(2, 1), (4, 2), (5, 2)]
+
+    def size(**options):
+        return fastest_decoder(small_model, heads, known, shapes, 40, compiled=False, **options).draft.size
+
+    assert size() == 4
     seconds[4] = 2.0
-    assert len(fastest_decoder(small_model, heads, counts, (2, 4, 5), 40, compiled=False).draft.tree) == 2
+    assert size() == size(remember=tmp_path) == 2
+    tokens[5] = 99
+    assert size(remember=tmp_path) == 2 and len(tried) == 3  # what was measured is not measured again
+    known.save(tmp_path)
+    assert size(remember=tmp_path) == 5  # unless the heads were calibrated again
+
+
+def test_tokens_per_pass_on_calibration_prompts(small_model):
+    prompts = [PROMPT[0].tolist(), [1] * 500]  # the second does not fit
+    known = Calibration(Counter(), torch.zeros(4, 3), torch.arange(20), prompts)
+    decoder = Decoder(small_model, capacity=PROMPT.shape[1] + 20)
+    assert calibrated_tokens(decoder, known, max_new_tokens=8) == 1.0
+    medusa = growing_decoder(small_model, MedusaHeads.for_model(small_model, 2), known, (5, 2), PROMPT.shape[1] + 20)
+    counts = medusa.generate([PROMPT[0]], 8)[0].tokens_per_pass[1:]
+    assert calibrated_tokens(medusa, known, max_new_tokens=8) == sum(counts) / len(counts)
 
 
 def test_latency_of_each_width(small_model):

@@ -1,13 +1,16 @@
 """Every notebook runs in its smoke form, and is the kind of notebook papermill can be trusted with."""
 
+import inspect
 import json
+import re
 import shutil
 
 import nbformat
 import pytest
 
+from medusa_nb.decoding import Decoder, longest_right_path
 from medusa_nb.errors import InputError
-from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, walk
+from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, provenance, walk
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,13 @@ def test_shape_of_a_notebook(notebook):
     assert not any(source.lstrip().startswith(("!pip", "%pip")) for source in code)
 
 
+def test_the_step_that_notebook_04_shows_is_todays():
+    cells = nbformat.read(find("04"), 4).cells
+    text = "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+    for shown in (Decoder.step, longest_right_path):
+        assert inspect.getsource(shown).strip() in text, "run 'make notebooks': notebook 04 shows older code"
+
+
 def test_misspelled_parameter_is_refused():
     with pytest.raises(InputError, match="no parameter 'sed'"):
         check_parameters(find("01"), {"sed": 1})
@@ -140,6 +150,8 @@ def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatc
     keep_outputs(executed[1][0].parent)
     for path in walk_of(tmp_path):
         notebook = nbformat.read(path, 4)
+        assert notebook.metadata["executed_with"] == provenance()
+        assert re.search(r"\*Took \d+ minutes? on two CPU cores", notebook.cells[0].source)
         tags = [tag for c in notebook.cells for tag in c.metadata.get("tags", [])]
         code = [c for c in notebook.cells if c.cell_type == "code"]
         assert tags == ["parameters"]

@@ -16,8 +16,6 @@ from medusa_nb.tree import (
     count_ranks,
     expected_tokens,
     fastest_tree,
-    load_rank_counts,
-    save_rank_counts,
     tree_from_paths,
 )
 
@@ -48,14 +46,6 @@ def test_parents_come_first_and_know_their_children(seed):
         assert tree.paths[i][:-1] == tree.paths[parent]
         assert i in tree.children[parent]
     assert sum(map(len, tree.children)) == len(tree) - 1
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_guess_index_finds_each_node_in_the_table(seed):
-    tree = random_tree(K=4, n=20, seed=seed)
-    table = torch.arange(tree.depth * tree.width).view(tree.depth, tree.width)
-    expected = [table[len(path) - 1, path[-1]].item() for path in tree.paths[1:]]
-    assert table.flatten()[tree.guess_index].tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -126,11 +116,11 @@ def test_chain_and_tree_from_paths():
     assert tree_from_paths([(0, 1), (0,), (2,)]).paths == ((), (0,), (2,), (0, 1))
 
 
-def test_rank_counts_round_trip(tmp_path):
-    counts = save_rank_counts(torch.tensor([[0, 2], [1, -1]]), tmp_path / "ranks.json")
-    assert load_rank_counts(tmp_path / "ranks.json") == counts
-    with pytest.raises(InputError, match="no '.*none.json'"):
-        load_rank_counts(tmp_path / "none.json")
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tree_from_parents_has_the_same_shape(seed):
+    tree = random_tree(3, 12, seed)
+    again = Tree.from_parents(tree.parents)
+    assert again.parents == tree.parents and again.depths().tolist() == tree.depths().tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""What held-out answers say about guesses: how often which ranks, n-grams and tokens are right.
+
+Everything that chooses a tree or a draft reads it from ``calibration.json`` beside the heads.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medusa_nb.drafting import frequent_tokens
+from medusa_nb.errors import InputError
+from medusa_nb.features import Features, encode_conversation
+from medusa_nb.heads import MedusaHeads
+from medusa_nb.ngrams import ngram_worth
+from medusa_nb.training import rank_table
+from medusa_nb.tree import count_ranks
+
+FILE, SPEEDS = "calibration.json", "tree_shapes.json"
+
+
+@dataclass
+class Calibration:
+    """Counts over held-out answers of one domain, for one set of heads.
+
+    Args:
+        rank_counts: how often the true tokens had these ranks, see :func:`~medusa_nb.tree.count_ranks`.
+        ngram_worth: how often tokens copied from the text are right, see :func:`~medusa_nb.ngrams.ngram_worth`.
+        frequent: token ids of the draft vocabulary, see :func:`~medusa_nb.drafting.frequent_tokens`.
+        prompts: some prompts' token ids, to count tokens per pass on.
+    """
+
+    rank_counts: Counter
+    ngram_worth: torch.Tensor
+    frequent: torch.Tensor
+    prompts: list[list[int]]
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``calibration.json`` into the heads' folder."""
+        values = dict(
+            rank_counts=[[list(path), count] for path, count in self.rank_counts.most_common()],
+            ngram_worth=[[round(p, 5) for p in row] for row in self.ngram_worth.tolist()],
+            frequent=self.frequent.tolist(),
+            prompts=self.prompts,
+        )
+        (Path(folder) / FILE).write_text(json.dumps(values))
+        (Path(folder) / SPEEDS).unlink(missing_ok=True)  # measured with what is now replaced
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Calibration":
+        """Read it from the heads' folder.
+
+        Raises:
+            InputError: the file is not there or damaged.
+        """
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise InputError(f"there is no '{file}' with the ranks of these heads; train them again, or calibrate them")
+        try:
+            values = json.loads(file.read_text())
+            return cls(
+                Counter({tuple(path): count for path, count in values["rank_counts"]}),
+                torch.tensor(values["ngram_worth"]),
+                torch.tensor(values["frequent"]),
+                values["prompts"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"'{file}' is damaged ({error}); calibrate the heads again") from error
+
+
+def calibrate(
+    heads: MedusaHeads,
+    features: Features,
+    tokenizer,
+    held_out: list[dict],
+    train: list[dict],
+    *,
+    ngram_tokens: int = 6,
+    vocabulary_share: float = 0.25,
+    prompts: int = 16,
+) -> Calibration:
+    """Count on answers that the heads were not trained on.
+
+    Args:
+        features: of ``held_out``, see :func:`~medusa_nb.features.cache_features`.
+        held_out, train: conversations; the draft vocabulary is that of ``train``.
+        ngram_tokens: how many tokens are copied at most.
+        vocabulary_share: of all tokens, how many may be guessed.
+        prompts: how many of the held-out prompts are kept.
+    """
+    said = [encode_conversation(tokenizer, row["messages"]) for row in held_out]
+    said = [x for x in said if True in x.own]
+    learned = [encode_conversation(tokenizer, row["messages"]) for row in train]
+    words = [[i for i, own in zip(x.ids, x.own, strict=True) if own] for x in learned]
+    return Calibration(
+        count_ranks(rank_table(heads, features)),
+        ngram_worth([x.ids for x in said], [x.own.index(True) for x in said], count=ngram_tokens),
+        frequent_tokens(words, max(2, int(len(tokenizer) * vocabulary_share))),
+        [x.ids[: x.own.index(True)] for x in said[:prompts]],
+    )
