@@ -15,6 +15,7 @@ from medusa_nb.tree import Tree
 BASE_COLOR, BASELINE = "#4d4d4d", "#999999"
 HEAD_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # colour-blind safe (Okabe and Ito)
 COPIED = "#dddddd"
+OURS = ("own answers", "own batches, in process", "as in the walk")  # bars that stand out
 TINTS = ("#cfe3f1", "#fbe7bf", "#c6e9dc", "#f3dbe7", "#f6d3bd")
 
 
@@ -206,7 +207,7 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
     bars = plt.barh(
         names,
         [values[n] for n in names],
-        color=[HEAD_COLORS[0] if "Medusa" in n or "own" in n else BASELINE for n in names],
+        color=[HEAD_COLORS[0] if "Medusa" in n or n in OURS else BASELINE for n in names],
     )
     plt.bar_label(bars, fmt=" %.2f")
     if baseline is not None:
