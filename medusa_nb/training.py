@@ -141,6 +141,17 @@ class HeadsTrainer(Trainer):
         super().log(logs | getattr(self, "head_log", {}) if "loss" in logs else logs, *args, **kwargs)
 
 
+class NoLastCheckpoint(TrainerCallback):
+    """Spare the checkpoint of the very last step: the finished heads are saved instead.
+
+    Coming right behind a periodic one it would also make transformers doubt the file system's clock.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 def train_heads(
     heads: MedusaHeads,
     features: Features,
@@ -187,7 +198,7 @@ def train_heads(
             arguments,
             train_dataset=features,
             data_collator=lambda batch: batch,  # Features already returns batches
-            callbacks=callbacks,
+            callbacks=[NoLastCheckpoint(), *(callbacks or [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)

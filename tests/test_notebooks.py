@@ -95,6 +95,8 @@ def test_outputs_are_clean(executed, benchmark, exported, own_model):
 def test_shape_of_a_notebook(notebook):
     cells = nbformat.read(notebook, 4).cells
     check_parameters(notebook, {"run": "smoke"})
+    outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+    assert outputs and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     code = [c.source for c in cells if c.cell_type == "code"]
     assert max(len(source.splitlines()) for source in code) <= 30
     assert "checks." in "\n".join(code)

@@ -153,6 +153,19 @@ def test_interrupted_training_ends_at_the_same_weights(tmp_path, features, small
     assert not torch.allclose(weights(first), weights(whole), atol=1e-3)
 
 
+def test_no_checkpoint_is_made_of_the_finished_heads(tmp_path, features, small_model):
+    class Saves(TrainerCallback):
+        steps = []
+
+        def on_save(self, args, state, control, **kwargs):
+            self.steps.append(state.global_step)
+
+    saves = Saves()
+    train_heads(MedusaHeads.for_model(small_model, 2), features, tmp_path / "h", SETTINGS, [saves])
+    assert saves.steps == [8, 16, 24]  # and not 32, the last step
+    assert (tmp_path / "h" / "medusa_lm_head.safetensors").exists()
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, features, small_model):
     heads = MedusaHeads.for_model(small_model, 2)
     with pytest.raises(KeyboardInterrupt):
