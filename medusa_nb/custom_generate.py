@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from medusa_nb.decoding import Decoder, eos_ids
-from medusa_nb.drafting import DraftVocabulary, DynamicDraft, TreeDraft
+from medusa_nb.drafting import DynamicDraft, TreeDraft, growing_draft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import WEIGHTS, MedusaHeads
 from medusa_nb.sampling import Sampler
@@ -48,12 +48,12 @@ def load_draft(model, source: str) -> TreeDraft | DynamicDraft:
             f"the heads in '{source}' were trained for another base model ({about['base_model']}, "
             f"fingerprint {about['base_fingerprint'][:12]}); this one has {base_fingerprint(model)[:12]}"
         )
-    heads, device = MedusaHeads.from_files(about, files[1], model), model.get_output_embeddings().weight.device
+    heads = MedusaHeads.from_files(about, files[1], model)
     if "tree" in about:
-        return TreeDraft(heads, Tree(tuple(map(tuple, about["tree"]))), device)
-    vocabulary = DraftVocabulary(heads, torch.tensor(about["frequent"])) if heads.projection is None else None
-    nodes, depth = about["tree_shape"]
-    return DynamicDraft(heads, nodes, device, torch.tensor(about["ngram_worth"]), vocabulary, depth)
+        return TreeDraft(heads, Tree(tuple(map(tuple, about["tree"]))), heads.weight.device)
+    return growing_draft(
+        heads, about["tree_shape"], torch.tensor(about["ngram_worth"]), torch.tensor(about["frequent"])
+    )
 
 
 def find_source(model) -> str:

@@ -249,6 +249,17 @@ class DynamicDraft:
         return torch.nn.functional.pad(paths, (0, self.depth + 1 - paths.shape[2]), value=-1)
 
 
+def growing_draft(
+    heads: MedusaHeads, shape: tuple[int, int], ngram_worth: torch.Tensor, frequent: torch.Tensor
+) -> DynamicDraft:
+    """The tree that heads, n-grams and a vocabulary of ``frequent`` ids grow; heads with projections guess any token.
+
+    ``shape`` is the number of nodes and how deep the heads guess.
+    """
+    vocabulary = DraftVocabulary(heads, frequent) if heads.projection is None else None
+    return DynamicDraft(heads, shape[0], heads.weight.device, ngram_worth, vocabulary, shape[1])
+
+
 def refuse_deep(tree: Tree, heads: MedusaHeads | None) -> None:
     """Raise :class:`InputError` for a tree that is deeper than there are heads."""
     available = heads.num_heads if heads is not None else 0

@@ -82,9 +82,8 @@ def export_transformers(
 
     Args:
         tree: a candidate tree that stays the same.
-        calibration: without ``tree``, grow one at every step, n-grams included; ``tree_shape`` are its nodes
-            and how deep the heads guess. With
-            neither, a chain of best guesses.
+        calibration: without ``tree``, grow one at every step, n-grams included; ``tree_shape`` is its number
+            of nodes and how deep the heads guess. With neither, a chain of best guesses.
         weights: copy the base model and tokenizer, too. Without them the folder serves as ``custom_generate``
             for the base model loaded from elsewhere.
     """

@@ -18,7 +18,7 @@ from medusa_nb.calibration import SPEEDS, Calibration
 from medusa_nb.custom_generate import base_fingerprint
 from medusa_nb.decoding import Decoder, Generation, Step
 from medusa_nb.distillation import is_loop
-from medusa_nb.drafting import DraftVocabulary, DynamicDraft, State, TreeDraft
+from medusa_nb.drafting import State, TreeDraft, growing_draft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import progress
@@ -97,8 +97,7 @@ def growing_decoder(
 
     ``shape`` is the number of nodes and how deep the heads guess.
     """
-    vocabulary = DraftVocabulary(heads, calibration.frequent) if heads.projection is None else None
-    draft = DynamicDraft(heads, shape[0], heads.weight.device, calibration.ngram_worth, vocabulary, shape[1])
+    draft = growing_draft(heads, shape, calibration.ngram_worth, calibration.frequent)
     return Decoder(model, capacity=capacity, slots=slots, draft=draft, **options)
 
 
