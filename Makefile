@@ -1,13 +1,14 @@
 # make notebooks  re-execute, keep the outputs, write the README's figures
 # make run   the whole walk, headless        make lab   open JupyterLab
 # make test  the test suite                  make bench the benchmark, on the heads of the last run
+# make test-browser  every notebook in a real browser, with screenshots in build/browser
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab bench notebooks site clean
+.PHONY: run test test-browser lab bench notebooks site clean
 
 run: $(VENV)/.walk
 	$(BIN)/python -m medusa_nb run
@@ -15,6 +16,9 @@ run: $(VENV)/.walk
 test: $(VENV)/.test
 	$(BIN)/ruff check medusa_nb tests data
 	$(BIN)/python -m pytest
+
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest tests/browser
 
 bench: $(VENV)/.walk
 	test -f build/walk/learner/heads/calibration.json || $(BIN)/python -m medusa_nb run
@@ -39,6 +43,14 @@ $(VENV)/.walk: requirements.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.walk requirements-serve.txt requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+# Playwright drives the system's Chromium; Debian's is installed where that is possible and there is none yet
+$(VENV)/.browser: $(VENV)/.test requirements-browser.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	test -n "$$MEDUSA_NB_CHROMIUM" || command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || \
+	  (echo "install Chromium, or set MEDUSA_NB_CHROMIUM to one" && false)
 	touch $@
 
 clean:

@@ -1,22 +1,38 @@
 """Figures and token views of the walk: static first, live only where somebody is watching."""
 
+import base64
 import html
+import io
 from collections import Counter
-from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, Markdown, display
 
-from medusa_nb.progress import is_headless
 from medusa_nb.training import accuracy
-from medusa_nb.tree import Tree
 
 BASE_COLOR, BASELINE = "#4d4d4d", "#999999"
 HEAD_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # colour-blind safe (Okabe and Ito)
 COPIED = "#dddddd"
 OURS = ("own answers", "own batches, in process", "as in the walk")  # bars that stand out
 TINTS = ("#cfe3f1", "#fbe7bf", "#c6e9dc", "#f3dbe7", "#f6d3bd")
+
+
+def show(alt: str) -> None:
+    """Show the current matplotlib figure, described by ``alt`` for those who cannot see it."""
+    data = io.BytesIO()
+    plt.savefig(data, format="png")
+    plt.close()
+    picture = {"image/png": base64.b64encode(data.getvalue()).decode(), "text/plain": alt}
+    display(picture, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def ink(fill: str) -> str:
+    """Black or white, whichever stands out more on a colour ``#rrggbb`` (contrast as WCAG 2 defines it)."""
+    parts = [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def set_style() -> None:
@@ -50,20 +66,19 @@ def plot_latency(latency: dict[int, float], chosen: int | None = None) -> None:
     plt.xlabel("n, tokens in one forward pass")
     plt.ylabel("milliseconds")
     plt.legend()
-    plt.show()
+    show("t(n) in milliseconds: " + ", ".join(f"{n}: {t * 1e3:.1f}" for n, t in latency.items()))
 
 
-def token_view(pieces: list[str], groups: list[int | None], legend: dict[int, str]) -> None:
+def token_view(pieces: list[str], groups: list[int | None], legend: dict[int | None, str]) -> None:
     """Tokens in a row, tinted by group (a number into the palette; None: no tint)."""
     spans = []
     for piece, group in zip(pieces, groups, strict=True):
         text = html.escape(piece).replace("\n", "⏎\n")
         spans.append(f'<span style="{tint_of(group)}border-right:1px solid #ddd;color:#222">{text}</span>')
-    keys = " &nbsp; ".join(
-        f'<span style="{tint_of(g)}color:#222;padding:0 .5em">{html.escape(name)}</span>' for g, name in legend.items()
-    )
     body = "".join(spans)
-    display(HTML(f'<div>{keys}</div><pre style="white-space:pre-wrap;line-height:1.6;background:#fff">{body}</pre>'))
+    display(
+        HTML(f'{legend_html(legend)}<pre style="white-space:pre-wrap;line-height:1.6;background:#fff">{body}</pre>')
+    )
 
 
 def decoded_view(tokenizer, generation) -> None:
@@ -72,8 +87,28 @@ def decoded_view(tokenizer, generation) -> None:
     for step in generation.steps:
         pieces += [tokenizer.decode([token]) for token in step.emitted]
         groups += step.guessed_by
-    used = sorted({g for g in groups if g is not None}, key=lambda g: (g < 0, g))
-    token_view(pieces, groups, {g: f"guessed by head {g}" if g >= 0 else "copied from the text" for g in used})
+    token_view(pieces, groups, {g: guesser(g) for g in in_order(groups)})
+
+
+def guesser(group: int | None) -> str:
+    """Who guessed a token, by its number in ``guessed_by``."""
+    if group is None:
+        return "said by the base model"
+    return f"guessed by head {group}" if group >= 0 else "copied from the text"
+
+
+def in_order(groups) -> list[int | None]:
+    """Each group once: the base model, the heads, n-grams."""
+    return sorted(set(groups), key=lambda g: (g is not None, g is not None and g < 0, g or 0))
+
+
+def legend_html(groups: dict[int | None, str]) -> str:
+    """What the tints of tokens mean, in one line."""
+    keys = (
+        f'<span style="{tint_of(g)}color:#222;padding:0 .5em;border:1px solid #ddd">{html.escape(name)}</span>'
+        for g, name in groups.items()
+    )
+    return f"<div>{' '.join(keys)}</div>"
 
 
 def tint_of(group: int | None) -> str:
@@ -83,86 +118,34 @@ def tint_of(group: int | None) -> str:
     return f"background:{TINTS[group % len(TINTS)] if group >= 0 else COPIED};"
 
 
-def plot_tree(tree: Tree, tokens: list[str] | None = None, path: list[int] | None = None, title: str = "") -> None:
-    """The candidate tree, depth to the right; accepted nodes dark, rejected ones pale."""
-    heights, next_row = {}, 0
-    for node in _preorder(tree):
-        if not tree.children[node]:
-            heights[node], next_row = next_row, next_row + 1
-    for node in reversed(_preorder(tree)):
-        if tree.children[node]:
-            heights[node] = sum(heights[c] for c in tree.children[node]) / len(tree.children[node])
-    figure, axes = plt.subplots(figsize=(1.9 * (tree.depth + 1), max(1.6, 0.33 * next_row + 0.6)))
-    accepted = set(path or [])
-    for node, parent in enumerate(tree.parents):
-        depth = len(tree.paths[node])
-        color = BASE_COLOR if node == 0 else HEAD_COLORS[(depth - 1) % len(HEAD_COLORS)]
-        strong = path is None or node in accepted
-        if parent >= 0:
-            axes.plot(
-                [depth - 1, depth],
-                [-heights[parent], -heights[node]],
-                color=color if strong else "#dddddd",
-                lw=1.5,
-                zorder=1,
-            )
-        label = visible(tokens[node]) if tokens else (str(tree.paths[node]) if node else "root")
-        axes.text(
-            depth,
-            -heights[node],
-            label,
-            ha="center",
-            va="center",
-            fontsize=8,
-            family="monospace",
-            color="white" if strong else "#777777",
-            zorder=2,
-            bbox=dict(boxstyle="round,pad=0.25", fc=color if strong else "#eeeeee", ec="none"),
-        )
-    axes.set_xlim(-0.5, tree.depth + 0.5)
-    axes.set_ylim(-next_row + 0.4, 0.6)
-    axes.axis("off")
-    axes.set_title(title)
-    plt.show()
-
-
-def _preorder(tree: Tree) -> list[int]:
-    order, stack = [], [0]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        stack.extend(reversed(tree.children[node]))
-    return order
-
-
 def visible(text: str) -> str:
     """A token with its spaces and line ends made visible."""
     return text.replace(" ", "␣").replace("\n", "⏎") or "∅"
 
 
-def plot_mask(tree: Tree, labels: list[str]) -> None:
-    """Which candidate (row) may look at which (column)."""
-    _, axes = plt.subplots(figsize=(3.4, 3.2))
-    axes.imshow(~tree.mask().numpy(), cmap="gray", vmin=-0.6, vmax=1)
-    names = [f"{node}: {visible(label)}" for node, label in enumerate(labels)]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("may be looked at")
-    axes.set_ylabel("looks")
-    axes.grid(False)
-    plt.show()
+def draw_training(figure, log: list[dict], num_heads: int) -> None:
+    """Loss and top-1 of every head over the training steps, side by side, on a matplotlib figure."""
+    left, right = figure.subplots(1, 2)
+    for axes, name, label in ((left, "loss", "cross entropy (nats)"), (right, "top1", "top-1 on training batches")):
+        for k in range(num_heads):
+            points = [(r["step"], r[f"head{k}_{name}"]) for r in log if f"head{k}_{name}" in r]
+            if points:
+                style = dict(color=HEAD_COLORS[k % len(HEAD_COLORS)], marker="o" if len(points) < 3 else "")
+                axes.plot(*zip(*points, strict=True), label=f"head {k}", **style)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    if log:
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
 
 
 def plot_training(log: list[dict], num_heads: int) -> None:
-    """Loss of every head over the training steps."""
-    for k in range(num_heads):
-        points = [(r["step"], r[f"head{k}_loss"]) for r in log if f"head{k}_loss" in r]
-        plt.plot(*zip(*points, strict=True), color=HEAD_COLORS[k], label=f"head {k}")
-    plt.xlabel("training step")
-    plt.ylabel("cross entropy (nats)")
-    plt.ylim(bottom=0)
-    plt.legend()
-    plt.show()
+    """Loss and top-1 of every head over the training steps."""
+    draw_training(plt.figure(figsize=(8, 2.8)), log, num_heads)
+    last = [r for r in log if "head0_loss" in r][-1:]
+    ends = ", ".join(f"head {k} {r[f'head{k}_loss']:.2f}" for r in last for k in range(num_heads))
+    show(f"Loss and top-1 of each head over the training steps; the loss ends at {ends}")
 
 
 def plot_accuracy(ranks: torch.Tensor, trivial: list[float], tops: tuple[int, ...] = (1, 2, 3, 5, 10)) -> None:
@@ -175,7 +158,12 @@ def plot_accuracy(ranks: torch.Tensor, trivial: list[float], tops: tuple[int, ..
     plt.ylim(0, 1)
     plt.xticks(tops)
     plt.legend(title="dotted: trivial guess", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    plt.show()
+    show(
+        "; ".join(
+            f"head {k}: " + ", ".join(f"top-{n} {scores[f'top{n}']:.2f}" for n in tops)
+            for k, scores in enumerate(accuracy(ranks, tops))
+        )
+    )
 
 
 def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
@@ -197,7 +185,7 @@ def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
     plt.xlabel("tokens emitted by one pass")
     plt.ylabel("share of passes")
     plt.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    plt.show()
+    show("; ".join(f"{name}: {sum(v) / len(v):.2f} tokens per pass on average" for name, v in counts.items()))
 
 
 def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None) -> None:
@@ -215,7 +203,7 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
     plt.xlim(0, max(values.values()) * 1.15)
     plt.xlabel(unit)
     plt.grid(axis="y", visible=False)
-    plt.show()
+    show(f"Bars, {unit}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
 def plot_parts(rows: dict[str, dict]) -> None:
@@ -232,14 +220,12 @@ def plot_parts(rows: dict[str, dict]) -> None:
     plt.xlabel("milliseconds per pass")
     plt.grid(axis="y", visible=False)
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=9)
-    plt.show()
-
-
-def plot_candidates(candidates, tokenizer) -> None:
-    """The first text's candidate tree as a draft made it, with its tokens."""
-    plot_tree(
-        Tree.from_parents(candidates.parents[0].tolist()),
-        [tokenizer.decode([token]) for token in candidates.tokens[0].tolist()],
+    show(
+        "Milliseconds per pass, verify and accept, draft, the rest: "
+        + "; ".join(
+            f"{name} " + ", ".join(f"{row[p]:.1f}" for p in ("ms_verify_accept", "ms_draft", "ms_rest"))
+            for name, row in rows.items()
+        )
     )
 
 
@@ -255,32 +241,7 @@ def plot_lengths(lengths: list[int], limit: int) -> None:
     plt.xlabel("answer length (tokens)")
     plt.ylabel("answers")
     plt.legend()
-    plt.show()
-
-
-def conversation_html(row: dict) -> str:
-    """A conversation as HTML: each turn in a box, with how the answer ended."""
-    boxes = []
-    for message in row["messages"]:
-        tint = TINTS[0] if message["role"] == "assistant" else "#f5f5f5"
-        boxes.append(
-            f'<pre style="white-space:pre-wrap;background:{tint};color:#222;padding:.4em;margin:0">'
-            f"{html.escape(message['content'])}</pre>"
-        )
-    end = row.get("finish_reason", "")
-    note = f"{html.escape(row['id'])} · ended by {end}{' · repetition loop' if row.get('loop') else ''}"
-    return f"<div><small>{note}</small>{''.join(boxes)}</div>"
-
-
-def browse(rows: list, render: Callable[[object], str] = conversation_html, shown: int = 1) -> None:
-    """Leaf through rows with a slider; the first ``shown`` as a static view where no front end answers."""
-    for row in rows[:shown]:
-        display(HTML(render(row)))
-    if is_headless() or len(rows) <= shown:
-        return
-    import ipywidgets
-
-    slider = ipywidgets.IntSlider(min=1, max=len(rows), description="answer", continuous_update=False)
-    view = ipywidgets.HTML(render(rows[0]))
-    slider.observe(lambda change: setattr(view, "value", render(rows[change["new"] - 1])), names="value")
-    display(ipywidgets.VBox([slider, view]))
+    show(
+        f"Histogram of {len(lengths)} answer lengths, at most {limit} tokens, "
+        f"median {sorted(lengths)[len(lengths) // 2]}"
+    )

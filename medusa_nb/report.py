@@ -1,6 +1,7 @@
 """The README's figures: written from a run's ``results.json`` by this module, never by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,9 +9,13 @@ import nbformat
 
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
+from medusa_nb.walk_map import save_map
 
-README, RESULTS, FIGURE = ROOT / "README.md", ROOT / "data" / "results.json", ROOT / "data" / "figures" / "walk.png"
+README, RESULTS = ROOT / "README.md", ROOT / "data" / "results.json"
+FIGURE, MAP = ROOT / "data" / "figures" / "walk.png", ROOT / "data" / "figures" / "map.png"
 CARD, RECIPE = ROOT / "data" / "README.md", ROOT / "data" / "base_model_report.json"
+FOLDED, WORD = re.compile(r"<details>.*?</details>", re.DOTALL), re.compile(r"[A-Za-z]\w*")
+WORDS_A_MINUTE = 150  # a calm voice
 START, END = "<!-- written by medusa_nb.report: {name} -->", "<!-- end of {name} -->"
 LESSONS = {
     "01": "one forward pass over many tokens costs hardly more than over one: that slack is what speculation spends",
@@ -33,15 +38,25 @@ def notebook_minutes(executed: Path) -> dict[str, float]:
     return minutes
 
 
+def reading_minutes(notebook: Path) -> float:
+    """Minutes to read a notebook aloud: its prose without folded hints and answers, and its code at half the pace."""
+    cells = nbformat.read(notebook, 4).cells
+    prose = " ".join(FOLDED.sub("", c.source) for c in cells if c.cell_type == "markdown")
+    code = " ".join(c.source for c in cells if c.cell_type == "code")
+    return (len(WORD.findall(prose)) + 2 * len(WORD.findall(code))) / WORDS_A_MINUTE
+
+
 def notebook_table(results: dict) -> str:
     """The notebooks, what they teach and how long they took in the run."""
-    lines = ["| notebook | you learn | minutes, 2 CPU cores |", "|---|---|---|"]
+    lines = ["| notebook | you learn | minutes to read | minutes to run, 2 CPU cores |", "|---|---|---|---|"]
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         number, name = path.stem.split("_", 1)
         minutes = results["minutes"].get(number)
         title = f"{number} {name.replace('_', ' ').capitalize()}"
         shown = "" if minutes is None else f"{minutes:.1f}"
-        lines.append(f"| [{title}](notebooks/{path.name}) | {LESSONS[number]} | {shown} |")
+        lines.append(
+            f"| [{title}](notebooks/{path.name}) | {LESSONS[number]} | {reading_minutes(path):.0f} | {shown} |"
+        )
     return "\n".join(lines)
 
 
@@ -175,3 +190,4 @@ def publish(out: Path) -> None:
     README.write_text(readme(README.read_text(), results))
     CARD.write_text(card(CARD.read_text(), json.loads(RECIPE.read_text())))
     draw(results, FIGURE)
+    save_map(MAP)

@@ -6,12 +6,16 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from papermill.exceptions import PapermillExecutionError
 
 from medusa_nb.base_model import ROOT
@@ -19,7 +23,7 @@ from medusa_nb.errors import InputError
 from medusa_nb.progress import HEADLESS
 
 NOTEBOOKS = ROOT / "notebooks"
-
+TOOK = re.compile(r"\*Took [^*]*? on two CPU cores, [^*]*? GB of memory")
 
 WALK = ("01", "02", "03", "04")  # what one run executes; later notebooks build on its artefacts
 
@@ -68,15 +72,16 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 1800) ->
     before = {name: os.environ.get(name) for name in kernel_environment}
     os.environ.update(kernel_environment)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(target),
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=str(NOTEBOOKS),
-            execution_timeout=timeout,
-            progress_bar=sys.stderr.isatty(),
-        )
+        with peak_memory() as peak:
+            papermill.execute_notebook(
+                str(notebook),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=str(NOTEBOOKS),
+                execution_timeout=timeout,
+                progress_bar=sys.stderr.isatty(),
+            )
     except PapermillExecutionError as error:
         raise InputError(
             f"{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; "
@@ -85,12 +90,37 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 1800) ->
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    for cell in nbformat.read(target, 4).cells:
+    executed = nbformat.read(target, 4)
+    executed.metadata["peak_memory_gb"] = round(peak["bytes"] / 1e9, 2)
+    nbformat.write(executed, target)
+    for cell in executed.cells:
         if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
             raise InputError(
                 f"{notebook.name} ended early: a cell did not run; it starts with {cell.source.splitlines()[0]!r}"
             )
     return target
+
+
+@contextmanager
+def peak_memory(every: float = 1.0) -> Iterator[dict[str, int]]:
+    """Sample the resident memory of this process's children; afterwards ``["bytes"]`` holds the largest sum seen."""
+    peak, ended = {"bytes": 0}, threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(every):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    total += child.memory_info().rss
+            peak["bytes"] = max(peak["bytes"], total)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        sampler.join()
 
 
 def run_walk(run: str = "learner", only: list[str] | None = None, parameters: dict | None = None) -> Path:
@@ -122,16 +152,17 @@ def run_walk(run: str = "learner", only: list[str] | None = None, parameters: di
 def keep_outputs(out: Path, only: list[str] | None = None) -> None:
     """Copy the outputs of the walk (or of ``only`` some notebooks), executed in ``out``, into ``notebooks/``.
 
-    Papermill's traces are removed. How long the notebook took goes into its first cell, and the versions it ran
-    with into its metadata.
+    Papermill's traces are removed. How long the notebook took, and its largest resident memory, go into its first
+    cell, and the versions it ran with into its metadata.
     """
     names = [find(name).name for name in only] if only else [notebook.name for notebook in walk()]
     for executed in sorted(out / name for name in names):
         notebook = nbformat.read(executed, 4)
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
         minutes = max(1, round((notebook.metadata.pop("papermill", {}).get("duration") or 0) / 60))
-        took = f"*Took {minutes} minute{'s' if minutes > 1 else ''} on two CPU cores"
-        notebook.cells[0].source = re.sub(r"\*(About|Took) [^*]*? on two CPU cores", took, notebook.cells[0].source)
+        memory = f"{notebook.metadata.pop('peak_memory_gb', 0):.1f} GB of memory"
+        took = f"*Took {minutes} minute{'s' if minutes > 1 else ''} on two CPU cores, {memory}"
+        notebook.cells[0].source = re.sub(TOOK, took, notebook.cells[0].source)
         notebook.metadata["executed_with"] = provenance()
         count = 0
         for cell in notebook.cells:

@@ -12,45 +12,63 @@ from medusa_nb.report import LESSONS
 from medusa_nb.run import notebooks
 
 OUTSIDE = re.compile(r"<(?:script|link|img)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</script>)?")
+OTHERS = {"SUMMARY": "The walk on one page", "GLOSSARY": "Glossary", "TEACHING": "Teaching"}
+FIGURES = ("map.png", "walk.png")
+NARROW = (  # what is wider than a narrow window scrolls in its own box
+    ".jp-RenderedHTMLCommon{overflow-x:auto}.jp-RenderedText pre,.jp-InputArea-editor{overflow-x:auto}"
+    ".jp-RenderedImage img{max-width:100%;height:auto}"
+    "@media(max-width:700px){main{padding:0!important}.jp-InputPrompt,.jp-OutputPrompt{display:none!important}}"
+)
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
-    "a{color:#0072B2}li{margin:.6em 0}img{max-width:100%}"
+    "a{color:#0072B2}li{margin:.6em 0}img{max-width:100%}table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ddd;padding:.3em .6em;text-align:left;vertical-align:top}"
 )
 
 
 def page(notebook_file: Path) -> str:
-    """One notebook as HTML. Links to other notebooks become links to their pages."""
+    """One notebook as HTML. Links to other pages become links to their HTML."""
     notebook = nbformat.read(notebook_file, 4)
     exporter = HTMLExporter(template_name="lab", embed_images=True)
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": notebook_file.stem}})
-    text = OUTSIDE.sub("", text)
-    text = re.sub(r'href="([0-9]{2}_\w+)\.ipynb"', r'href="\1.html"', text)
-    return text.replace('href="GLOSSARY.md"', 'href="GLOSSARY.html"')
+    return relinked(OUTSIDE.sub("", text).replace("</head>", f"<style>{NARROW}</style></head>", 1))
+
+
+def relinked(text: str) -> str:
+    """Links to notebooks, Markdown pages and figures of the repository become links inside the site."""
+    text = re.sub(r'href="(\w+)\.(?:ipynb|md)"', r'href="\1.html"', text)
+    text = text.replace('href="../README.md"', 'href="index.html"')
+    return re.sub(r'src="\.\./data/figures/(\w+\.png)"', r'src="\1"', text)
 
 
 def build_site(folder: Path) -> list[Path]:
-    """Write a page for each notebook, the glossary, and an index; returns the files."""
+    """Write a page for each notebook and each Markdown page beside them, and an index; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for notebook in notebooks():
-        target = folder / f"{notebook.stem}.html"
-        target.write_text(page(notebook))
-        pages.append(target)
-    glossary = HTMLExporter(template_name="basic")
-    cell = nbformat.v4.new_markdown_cell((ROOT / "notebooks" / "GLOSSARY.md").read_text())
-    body, _ = glossary.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-    pages.append(folder / "GLOSSARY.html")
-    pages[-1].write_text(frame("Glossary", body))
-    figure = folder / "walk.png"
-    figure.write_bytes((ROOT / "data" / "figures" / "walk.png").read_bytes())
+        pages.append(folder / f"{notebook.stem}.html")
+        pages[-1].write_text(page(notebook))
+    basic = HTMLExporter(template_name="basic")
+    for file in sorted((ROOT / "notebooks").glob("*.md")):
+        cell = nbformat.v4.new_markdown_cell(file.read_text())
+        body, _ = basic.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+        pages.append(folder / f"{file.stem}.html")
+        pages[-1].write_text(frame(file.stem.capitalize(), relinked(body)))
+    for figure in FIGURES:
+        (folder / figure).write_bytes((ROOT / "data" / "figures" / figure).read_bytes())
     entries = "".join(
         f'<li><a href="{n.stem}.html">{n.stem.replace("_", " ")}</a>: {html.escape(LESSONS[n.stem[:2]])}</li>'
         for n in notebooks()
     )
-    index = f'<h1>Medusa in notebooks</h1><img src="walk.png" alt="the walk in one picture"><ul>{entries}</ul>'
+    others = " · ".join(f'<a href="{name}.html">{title}</a>' for name, title in OTHERS.items())
+    index = (
+        '<h1>Medusa in notebooks</h1><img src="map.png" alt="Map of the walk: which notebook hands what to which">'
+        f"<ul>{entries}</ul><p>{others}</p>"
+        '<img src="walk.png" alt="What one run of the walk measured">'
+    )
     pages.append(folder / "index.html")
-    pages[-1].write_text(frame("Medusa in notebooks", index + '<p><a href="GLOSSARY.html">Glossary</a></p>'))
+    pages[-1].write_text(frame("Medusa in notebooks", index))
     return pages
 
 

@@ -1,7 +1,9 @@
 """For workshops: exercise versions of the notebooks, a check of every seat, a bundle for rooms without network."""
 
 import ast
+import html
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from medusa_nb.environment import check_requirements
 from medusa_nb.errors import InputError
 from medusa_nb.run import notebooks
 
+ANSWER = re.compile(r"<details><summary>Answer</summary>The cell below[^<]*</details>")
 YOUR_TURN = 'raise NotImplementedError("your turn: write this, then run the cell again")'
 
 
@@ -24,21 +27,24 @@ def blank(folder: Path) -> list[Path]:
     """Write the exercise version of every notebook: answers taken out, outputs cleared; returns the files.
 
     The solved notebooks are the only source. In a cell that ends with ``checks.…`` the bodies of its functions
-    are replaced, and an answer that is a plain value becomes ``...``.
+    are replaced, and an answer that is a plain value becomes ``...``. What was taken out is folded away above.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for path in notebooks():
         notebook = nbformat.read(path, 4)
-        for cell in notebook.cells:
+        for above, cell in zip([None, *notebook.cells], notebook.cells, strict=False):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
                 if is_exercise(cell.source):
+                    folded = f"<details><summary>Answer</summary><pre>{html.escape(cell.source)}</pre></details>"
+                    above.source = ANSWER.sub(lambda _, folded=folded: folded, above.source)
                     cell.source = blanked(cell.source)
         target = folder / path.name
         nbformat.write(notebook, target)
         written.append(target)
-    shutil.copy(ROOT / "notebooks" / "GLOSSARY.md", folder)
+    for page in sorted((ROOT / "notebooks").glob("*.md")):
+        shutil.copy(page, folder)
     return written
 
 

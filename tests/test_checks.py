@@ -6,6 +6,48 @@ import torch.nn.functional as F
 
 from medusa_nb import checks
 from medusa_nb.checks import NotYet
+from medusa_nb.features import IGNORED, head_labels
+
+
+def walk(tree, tokens, said):
+    """The acceptance walk, as obvious as can be."""
+    path = [0]
+    while fitting := [c for c in tree.children[path[-1]] if tokens[c] == said[path[-1]]]:
+        path.append(fitting[0])
+    return path
+
+
+def anywhere(tree, tokens, said):
+    """Wrong: keeps every right guess, also behind a wrong one."""
+    return [0, *(n for n in range(1, len(tree)) if tokens[n] == said[tree.parents[n]])]
+
+
+def labelled(used=lambda own, t: own[t + 1], shift=0, runs_on=False, fill=True):
+    """Labels of a conversation with one typical mistake."""
+
+    def answer(ids, own, num_heads):
+        positions, labels = [t for t in range(len(ids) - 1) if used(own, t)], []
+        for t in positions:
+            row = []
+            for i in range(t + 1 + shift, t + 2 + shift + num_heads):
+                if i >= len(ids) or not (own[i] or runs_on):
+                    break
+                row.append(ids[i])
+            labels.append(row + [IGNORED] * (num_heads + 1 - len(row)) * fill)
+        return positions, labels
+
+    return answer
+
+
+def confidence(axis):
+    """Each head's best token, and its probability by a softmax over ``axis``."""
+
+    def answer(logits):
+        best = logits.argmax(-1)
+        return best, logits.softmax(axis).gather(1, best[:, None])[:, 0]
+
+    return answer
+
 
 RIGHT = [
     lambda: checks.break_even(2.0, 1.0, 2.0),
@@ -15,9 +57,11 @@ RIGHT = [
     lambda: checks.head_label(lambda ids, t, k: ids[t + k + 2]),
     lambda: checks.residual_block(lambda x, w, b: x + F.silu(x @ w.T + b)),
     lambda: checks.tree_mask(lambda tree: tree.mask()),
-    lambda: checks.accepted_length(
-        lambda g, s: next((i for i, (a, b) in enumerate(zip(g, s, strict=True)) if a != b), len(g))
-    ),
+    lambda: checks.acceptance_walk(walk),
+    lambda: checks.slack_end(lambda latency: next(n for n in latency if latency[2 * n] / latency[n] >= 1.8)),
+    lambda: checks.share_at_limit(lambda rows: sum(r["finish_reason"] == "length" for r in rows) / len(rows)),
+    lambda: checks.conversation_labels(head_labels),
+    lambda: checks.head_confidence(lambda logits: (logits.argmax(-1), logits.softmax(-1).max(-1).values)),
     lambda: checks.mean_tokens_per_pass(lambda texts: sum(map(sum, texts)) / sum(map(len, texts))),
     lambda: checks.achievable_speedup(lambda tokens, t1, tn: tokens * t1 / tn),
     lambda: checks.version_1_size(lambda K, D, V: K * (D * D + D + V * D)),
@@ -34,8 +78,37 @@ WRONG = [
     (lambda: checks.residual_block(lambda x, w, b: x + F.silu(x @ w + b)), "transposed"),
     (lambda: checks.tree_mask(lambda tree: tree.mask().T), "transposed"),
     (lambda: checks.tree_mask(lambda tree: torch.ones(len(tree), len(tree)).tril()), "siblings"),
-    (lambda: checks.accepted_length(lambda g, s: sum(a == b for a, b in zip(g, s, strict=True))), "behind a wrong one"),
-    (lambda: checks.accepted_length(lambda g, s: 1), "first wrong one"),
+    (lambda: checks.break_even(..., 1.0, 2.0), "your turn"),
+    (lambda: checks.slack_end(lambda latency: 32), "off by one"),
+    (lambda: checks.slack_end(lambda latency: latency[16] / latency[8]), "is the width"),
+    (lambda: checks.slack_end(lambda latency: 1), "cheap ones"),
+    (lambda: checks.slack_end(lambda latency: 8), "from small to large"),
+    (
+        lambda: checks.share_at_limit(lambda rows: sum(r["finish_reason"] == "stop" for r in rows) / len(rows)),
+        "themselves",
+    ),
+    (lambda: checks.share_at_limit(lambda rows: sum(r["completion_tokens"] == 50 for r in rows) / len(rows)), "go by"),
+    (lambda: checks.share_at_limit(lambda rows: 50 / 116), "share of tokens"),
+    (lambda: checks.share_at_limit(lambda rows: 1), "number of answers"),
+    (lambda: checks.share_at_limit(lambda rows: 0), "divide the answers"),
+    (lambda: checks.conversation_labels(labelled(shift=1)), "column is the base model's"),
+    (lambda: checks.conversation_labels(lambda *_: ([2, 3, 6], [[13], [14], [0]])), "off by one: position"),
+    (lambda: checks.conversation_labels(labelled(used=lambda own, t: True)), "user's words"),
+    (lambda: checks.conversation_labels(labelled(used=lambda own, t: False)), "used are the positions"),
+    (lambda: checks.conversation_labels(labelled(runs_on=True)), "next turn"),
+    (lambda: checks.conversation_labels(labelled(fill=False)), "fill up"),
+    (lambda: checks.conversation_labels(lambda *_: ([1, 2, 5], [[12, 13, 0], [13, 0, 0], [16, 0, 0]])), "then -100"),
+    (lambda: checks.head_confidence(confidence(0)), "wrong axis"),
+    (lambda: checks.head_confidence(lambda x: (x.argmax(-1), x.max(-1).values)), "those are logits"),
+    (lambda: checks.head_confidence(lambda x: (x.argmin(-1), x.softmax(-1).max(-1).values)), "argmax"),
+    (lambda: checks.head_confidence(lambda x: (x.argmax(0), x.softmax(0).max(0).values)), "per head"),
+    (lambda: checks.head_confidence(lambda x: (x.argmax(-1), x.softmax(-1).min(-1).values)), "value at the best"),
+    (lambda: checks.acceptance_walk(lambda *a: walk(*a)[1:]), "root is certain"),
+    (lambda: checks.acceptance_walk(lambda *a: walk(*a)[:-1]), "off by one: the last right"),
+    (lambda: checks.acceptance_walk(lambda tree, tokens, said: [0, 2, 4, 5]), "off by one: token 4"),
+    (lambda: checks.acceptance_walk(lambda *a: [0, 1]), "go to the child"),
+    (lambda: checks.acceptance_walk(anywhere), "behind a wrong one"),
+    (lambda: checks.acceptance_walk(lambda *a: walk(*a)[:3]), "may be right"),
     (
         lambda: checks.mean_tokens_per_pass(lambda texts: sum(sum(t) / len(t) for t in texts) / len(texts)),
         "mean of ratios",

@@ -153,7 +153,7 @@ def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatc
     for path in walk_of(tmp_path):
         notebook = nbformat.read(path, 4)
         assert notebook.metadata["executed_with"] == provenance()
-        assert re.search(r"\*Took \d+ minutes? on two CPU cores", notebook.cells[0].source)
+        assert re.search(r"\*Took \d+ minutes? on two CPU cores, \d\.\d GB of memory", notebook.cells[0].source)
         tags = [tag for c in notebook.cells for tag in c.metadata.get("tags", [])]
         code = [c for c in notebook.cells if c.cell_type == "code"]
         assert tags == ["parameters"]
