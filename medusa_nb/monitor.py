@@ -1,7 +1,9 @@
 """The training monitor: loss and accuracy of every head grow while it trains, and a button stops it."""
 
+import asyncio
 import io
 import time
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -16,13 +18,23 @@ SHARE = 0.03  # at most this share of the training time is spent on drawing
 class TrainingMonitor(TrainerCallback):
     """A callback for :func:`medusa_nb.training.train_heads`; silent where nobody watches.
 
-    The stop button ends the training at the next step; what was learned until then is kept and saved. It works
-    while a cell runs in front ends that handle widgets beside a running cell (JupyterLab 4.4 and newer).
+    The stop button ends the training at the next step; what was learned until then is kept and saved. A kernel
+    hears its widgets only while no cell computes in its main thread, so train through :meth:`watch`.
     """
 
     def __init__(self, num_heads: int):
         self.num_heads, self.log, self.stopped = num_heads, [], False
         self.drawing, self.drawn_at, self.image = 0.0, 0.0, None
+
+    async def watch(self, train: Callable[..., list[dict]], *arguments) -> list[dict]:
+        """``await`` this in a cell: ``train(*arguments, [self])`` in a thread of its own; returns its log.
+
+        An interrupted cell stops the training like the button does.
+        """
+        try:
+            return await asyncio.to_thread(train, *arguments, [self])
+        finally:
+            self.stop()
 
     def stop(self, *_) -> None:
         """End the training at the next step."""
@@ -67,4 +79,5 @@ class TrainingMonitor(TrainerCallback):
         note = " (stopped)" if self.stopped else ""
         self.words.value = f"step {state.global_step} of {state.max_steps}{note}"
         self.drawn_at = time.perf_counter()
-        self.drawing = self.drawn_at - started
+        taken = self.drawn_at - started
+        self.drawing = min(self.drawing or taken, taken)  # the first picture also loads fonts

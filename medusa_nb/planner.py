@@ -96,7 +96,7 @@ def planner(counts: Counter, latency: dict[int, float]) -> None:
     )
     figure, axes = plt.subplots(figsize=(6, 3.4))
     plt.close(figure)
-    image, words = ipywidgets.Image(format="png"), ipywidgets.HTML()
+    image, words = ipywidgets.Image(format="png", layout={"max_width": "600px"}), ipywidgets.HTML()
 
     def move(*_) -> None:
         values = {name: slider.value for name, slider in sliders.items()}

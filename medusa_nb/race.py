@@ -38,8 +38,8 @@ class Lane:
         facts = [f"{shown} tokens", f"{clock:.2f} s"]
         if clock:
             facts.append(f"{shown / clock:.0f} tokens/s")
-        if passes:
-            facts.append(f"{shown / passes:.2f} tokens per pass")
+        if passes > 1:  # the prompt's pass and its one token do not count
+            facts.append(f"{(shown - 1) / (passes - 1):.2f} tokens per pass")
         style = "white-space:pre-wrap;background:#fff;color:#222;border:1px solid #ddd;padding:.5em;min-height:6em"
         head = f"<b>{html.escape(self.name)}</b> &nbsp; {' &nbsp; '.join(facts)}"
         return f'<div style="margin:.3em 0">{head}<pre style="{style}">{"".join(spans)}</pre></div>'
@@ -153,7 +153,7 @@ def replay(lanes: Lanes, view):
     speed = ipywidgets.Dropdown(options=[("slow", 300), ("normal", 100), ("fast", 30)], value=100, description="speed")
 
     def move(change) -> None:
-        view.value = picture(lanes, end * change["new"] / 100)
+        view.value = picture(lanes, None if change["new"] == 100 else end * change["new"] / 100)
 
     move({"new": 100})
     slider.observe(move, names="value")

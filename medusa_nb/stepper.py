@@ -67,11 +67,14 @@ class Passes:
                 notes.append(f"{word}: the root, certain: the base model itself said it")
                 continue
             ranks[node] = (*ranks[tree.parents[node]], rank if rank >= 0 else "copied")
-            by = "copied from the text" if node in step.copied else f"head {len(ranks[node]) - 1}"
-            given = "" if rank < 0 else f", to head {len(ranks[node]) - 1} number {rank + 1} with {chance:.0%}"
+            head, place = f"head {len(ranks[node]) - 1}", f"number {rank + 1}, with {chance:.0%}"
+            if node not in step.copied:
+                source = f"{head}'s guess {place}"
+            else:
+                source = "copied from the text" + (f"; {head} had it as {place}" if rank >= 0 else "")
             verdict = "accepted" if node in step.path else "rejected"
             labels.append(word if rank < 0 else f"{word} {chance:.0%}")
-            notes.append(f"{word}: rank path {ranks[node]}, guessed by {by}{given}; {verdict}")
+            notes.append(f"{word}: {source}; rank path {ranks[node]}; {verdict}")
         return labels, notes
 
     def title(self, number: int) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_nb.errors import InputError
@@ -141,6 +142,13 @@ class HeadsTrainer(Trainer):
         super().log(logs | getattr(self, "head_log", {}) if "loss" in logs else logs, *args, **kwargs)
 
 
+class Bar(ProgressCallback):
+    """A progress bar for notebooks, in place of transformers' table with a row for every log step."""
+
+    def on_log(self, args, state, control, **kwargs):
+        pass
+
+
 class NoLastCheckpoint(TrainerCallback):
     """Spare the checkpoint of the very last step: the finished heads are saved instead.
 
@@ -201,6 +209,9 @@ def train_heads(
             callbacks=[NoLastCheckpoint(), *(callbacks or [])],
         )
         trainer.remove_callback(PrinterCallback)
+        if DEFAULT_PROGRESS_CALLBACK is not ProgressCallback:  # in a notebook
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            trainer.add_callback(Bar)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
     if trainer.is_world_process_zero():
         heads.save_pretrained(folder)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from notebook_page import CHROMIUM, FLAGS, LOOPBACK, OUT, SETTINGS
+from notebook_page import CHROMIUM, FLAGS, LOOPBACK, OUT, RUN, SETTINGS, WORK
 from playwright.sync_api import sync_playwright
 
 from medusa_nb.base_model import ROOT
@@ -26,10 +26,8 @@ from medusa_nb.base_model import ROOT
 
 def prepare_folder() -> Path:
     """The notebooks without outputs and with this test's parameters, where JupyterLab will find them."""
-    run = os.environ.get("MEDUSA_NB_BROWSER_RUN", "smoke")
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "shots").mkdir(parents=True)
-    work = Path(os.environ.get("MEDUSA_NB_BROWSER_WORK") or OUT / "work").resolve()
     for name in ("medusa_nb", "data"):  # what the notebooks reach by a relative path
         (OUT / "lab").mkdir(exist_ok=True)
         (OUT / "lab" / name).symlink_to(ROOT / name)
@@ -39,8 +37,8 @@ def prepare_folder() -> Path:
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
             if "parameters" in cell.metadata.get("tags", []):
-                cell.source = cell.source.replace('run = "learner"', f'run = "{run}"')
-                cell.source = cell.source.replace('work = ""', f'work = "{work}"')
+                cell.source = cell.source.replace('run = "learner"', f'run = "{RUN}"')
+                cell.source = cell.source.replace('work = ""', f'work = "{WORK}"')
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, path)

@@ -3,10 +3,13 @@
 import os
 import shutil
 import time
+from pathlib import Path
 
 from medusa_nb.base_model import ROOT
 
 OUT = ROOT / "build" / "browser"
+RUN = os.environ.get("MEDUSA_NB_BROWSER_RUN", "smoke")
+WORK = Path(os.environ.get("MEDUSA_NB_BROWSER_WORK") or OUT / "work").resolve()
 LOOPBACK = {"127.0.0.1", "localhost", ""}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("MEDUSA_NB_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)

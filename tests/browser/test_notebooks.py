@@ -2,7 +2,7 @@
 
 import nbformat
 import pytest
-from notebook_page import OUT, NotebookPage, changed
+from notebook_page import OUT, WORK, NotebookPage, changed
 
 MONITORED = """
 import torch
@@ -17,7 +17,8 @@ set_style()
 model, _ = load_base_model(dtype="float32")
 heads = MedusaHeads.for_model(model, 4)
 features = Features("FEATURES")
-log = train_heads(heads, features, "stopped", TrainingSettings(epochs=100_000), [TrainingMonitor(4)])
+how = TrainingSettings(epochs=100_000)
+log = await TrainingMonitor(4).watch(train_heads, heads, features, "stopped", how)
 print("trained until step", log[-1]["step"], "of many; weights moved:", bool(heads.weight.abs().sum() > 0))
 """
 
@@ -68,7 +69,7 @@ def test_02_runs_and_its_answers_can_be_leafed_through(opened, page, times):
 
 def test_03_runs_and_a_token_can_be_looked_through(opened, page, times):
     notebook = run(opened, "03_head_training")
-    monitor = notebook.output_of("log = train_heads(heads, features")
+    monitor = notebook.output_of("log = await TrainingMonitor")
     assert monitor.get_by_role("button", name="stop, keep what was learned").is_visible()
     assert monitor.locator("img").evaluate("image => image.naturalWidth") > 300
     notebook.shot("training_monitor", monitor)
@@ -115,7 +116,7 @@ def check_race(notebook, page, times):
     notebook.shot("race_finished", output)
     handle = notebook.slider(output, "time, %")
     for _ in range(5):
-        times.setdefault("race: replay moved", []).append(changed(page, view, lambda: handle.press("ArrowLeft")))
+        times.setdefault("race: replay moved", []).append(changed(page, view, lambda: handle.press("PageDown")))
     handle.press("Home")
     page.wait_for_timeout(500)
     assert view.inner_text().count("0 tokens") >= 2
@@ -169,7 +170,7 @@ def check_stepper(notebook, page, times):
 
 
 def test_stop_ends_training_and_keeps_what_was_learned(opened, page, lab):
-    features = next((OUT / "work").rglob("features.json"), None)
+    features = next(WORK.rglob("features.json"))
     cell = nbformat.v4.new_code_cell(MONITORED.strip().replace("FEATURES", str(features.parent)))
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     title = nbformat.v4.new_markdown_cell("# Stop")
