@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import random_tree, small_llama
+from conftest import random_model, random_tree, small_llama
 from safetensors.torch import load_file, save_file
 from test_decoding import Listener, prompt
 from test_heads import SHAPES, random_heads, seeing_heads
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, PhiConfig, StoppingCriteria, StoppingCriteriaList
 
 from medusa_nb.calibration import Calibration
 from medusa_nb.errors import InputError
@@ -74,6 +74,84 @@ def test_vllm_config_keeps_the_biases(tmp_path, small_model):
     (tmp_path / "out" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(InputError, match="would ignore"):
         READERS["vllm"](tmp_path / "out", small_model.lm_head.weight, torch.randn(2, 32))
+
+
+def knowing(*frequent: int) -> Calibration:
+    """A calibration that knows these frequent tokens and nothing else."""
+    return Calibration(Counter(), torch.zeros(1, 1), torch.tensor(frequent), [])
+
+
+@pytest.mark.parametrize(("K", "layers", "own"), SHAPES)
+@torch.no_grad()
+def test_vllm_with_a_draft_vocabulary_guesses_its_tokens_only(tmp_path, small_model, K, layers, own):
+    heads, tokens = random_heads(small_model, K, layers, own), [41, 7, 0, 30, 12]
+    export(heads, tmp_path / "out", "vllm", draft_vocabulary=4, calibration=knowing(*tokens))
+    tensors, config = load_file(tmp_path / "out/model.safetensors"), json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert tensors["token_map"].tolist() == tokens[:4] and tensors["token_map"].dtype == torch.int64
+    assert (config["truncated_vocab_size"], config["vocab_size"], config["original_lm_head"]) == (4, 50, not own)
+    assert sum("lm_heads" in name for name in tensors) == (K if own else 1)
+    assert all(len(tensor) == 4 for name, tensor in tensors.items() if "lm_heads" in name)
+    hidden = torch.randn(3, 4, 32)
+    theirs, ours = READERS["vllm"](tmp_path / "out", small_model.lm_head.weight, hidden), heads(hidden)
+    assert torch.allclose(theirs[..., tokens[:4]], ours[..., tokens[:4]], atol=1e-5, rtol=1e-5)
+    others = [token for token in range(50) if token not in tokens[:4]]
+    assert theirs.shape == (K, 3, 4, 50) and bool((theirs[..., others] == -torch.inf).all())
+    assert f"{K} heads, 4 of 50 tokens" in check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+@pytest.mark.parametrize(
+    ("token_map", "message"),
+    [
+        ([7, 41, 0, 30], "other logits"),
+        ([41, 7, 0, 0], "4 different ids"),
+        ([41, 7, 0, 50], "ids below 50"),
+        ([41.0, 7.0, 0.0, 30.0], "as int64"),
+        ([41, 7, 0], "its reader expects"),
+        (None, "lacks token_map"),
+    ],
+)
+def test_check_notices_a_wrong_token_map(tmp_path, small_model, token_map, message):
+    heads = random_heads(small_model)
+    export(heads, tmp_path / "out", "vllm", draft_vocabulary=4, calibration=knowing(41, 7, 0, 30))
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["token_map"]
+    if token_map is not None:
+        tensors["token_map"] = torch.tensor(token_map)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(InputError, match=message):
+        check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+def test_a_token_map_without_a_smaller_vocabulary_would_be_ignored(tmp_path, small_model):
+    heads = random_heads(small_model)
+    export(heads, tmp_path / "out", "vllm")
+    tensors = load_file(tmp_path / "out/model.safetensors") | dict(token_map=torch.arange(50))
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(InputError, match="token_map, which its reader would ignore"):
+        check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("vllm", dict(draft_vocabulary=4), "needs the calibration"),
+        ("vllm", dict(draft_vocabulary=4, calibration=knowing(3, 1)), "the calibration knows 2"),
+        ("vllm", dict(draft_vocabulary=2, calibration=knowing(1, 3, 5)), "calibrate the heads again"),
+        ("vllm", dict(draft_vocabulary=50, calibration=knowing(*range(50))), "of 50 tokens is none"),
+        ("tgi", dict(draft_vocabulary=2, calibration=knowing(3, 1)), "part of vllm's format only"),
+    ],
+)
+def test_draft_vocabularies_that_cannot_be_held_are_refused(tmp_path, small_model, to, options, message):
+    with pytest.raises(InputError, match=message):
+        export(random_heads(small_model), tmp_path / "out", to, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_has_no_place_for_a_bias_of_lm_head(tmp_path):
+    model = random_model(PhiConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    with pytest.raises(InputError, match="lm_head has a bias, and vLLM's format has no place"):
+        export(random_heads(model), tmp_path / "out", "vllm")
+    export(random_heads(model, own=True), tmp_path / "out", "vllm")  # own projections have none
 
 
 @pytest.mark.parametrize("to", ["tgi", "vllm"])
