@@ -86,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="a new folder")
     export.add_argument("--to", required=True, help="tgi, vllm or transformers")
     export.add_argument("--version", type=int, choices=(1, 2), default=2, help="of the original format (tgi)")
+    export.add_argument(
+        "--draft-vocabulary", type=int, metavar="N", help="guess the N most frequent tokens only (vllm)"
+    )
     export.add_argument("--no-weights", action="store_true", help="leave the base model out (transformers)")
     export.add_argument("--tree-size", type=int, default=8, help="nodes of the tree (transformers)")
     export.add_argument("--tree-depth", type=int, default=3, help="how deep the heads guess (transformers)")
@@ -259,6 +262,7 @@ def command_export(options) -> None:
         options.out,
         options.to,
         version=options.version,
+        draft_vocabulary=options.draft_vocabulary,
         model=model,
         tokenizer=tokenizer,
         calibration=Calibration.load(options.heads) if (options.heads / FILE).exists() else None,

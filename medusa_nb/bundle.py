@@ -16,10 +16,10 @@ PARTS: dict[str, set[str] | None] = {
     "drafting": None,
     "verification": None,
     "sampling": {"Sampler"},
+    "compilation": None,
     "decoding": None,
     "custom_generate": None,
 }
-LEFT_OUT = {"compile"}  # methods that need what a server does not have
 HEADER = '''"""Decoding with Medusa heads for transformers' ``custom_generate``.
 
 Written by ``python -m medusa_nb export`` from the modules of the package; change those, not this file.
@@ -70,11 +70,6 @@ def names_of(node: ast.stmt) -> set[str]:
 
 
 def text_of(node: ast.stmt, source: str) -> str:
-    """The statement as it stands in the source, decorators included, without methods that are left out."""
-    lines = source.splitlines()
+    """The statement as it stands in the source, decorators included."""
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    dropped = set()
-    for child in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
-        if getattr(child, "name", "") in LEFT_OUT:
-            dropped |= set(range(child.lineno, child.end_lineno + 2))
-    return "\n".join(lines[i - 1] for i in range(start, node.end_lineno + 1) if i not in dropped)
+    return "\n".join(source.splitlines()[start - 1 : node.end_lineno])

@@ -28,7 +28,8 @@ class Calibration:
     Args:
         rank_counts: how often the true tokens had these ranks, see :func:`~medusa_nb.tree.count_ranks`.
         ngram_worth: how often tokens copied from the text are right, see :func:`~medusa_nb.ngrams.ngram_worth`.
-        frequent: token ids of the draft vocabulary, see :func:`~medusa_nb.drafting.frequent_tokens`.
+        frequent: token ids of the draft vocabulary, most frequent first, see
+            :func:`~medusa_nb.drafting.frequent_tokens`.
         prompts: some prompts' token ids, to count tokens per pass on.
     """
 
@@ -36,6 +37,19 @@ class Calibration:
     ngram_worth: torch.Tensor
     frequent: torch.Tensor
     prompts: list[list[int]]
+
+    def most_frequent(self, count: int) -> torch.Tensor:
+        """The ``count`` most frequent of the draft vocabulary's ids.
+
+        Raises:
+            InputError: fewer are known, or the calibration is of a time when they were kept in order of their ids.
+        """
+        known = len(self.frequent)
+        if not 0 < count <= known:
+            raise InputError(f"{count} most frequent tokens: the calibration knows {known}; choose 1 to {known}")
+        if count < known and bool((self.frequent.diff() > 0).all()):
+            raise InputError("the calibration does not say which tokens are most frequent; calibrate the heads again")
+        return self.frequent[:count]
 
     def save(self, folder: str | Path) -> None:
         """Write ``calibration.json`` into the heads' folder."""

@@ -1,14 +1,14 @@
 """Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 
 import torch
-import torch._dynamo
-from torch._inductor import config as inductor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GROUPED = "medusa_grouped_sdpa"
 
@@ -31,6 +31,21 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+class Outside:
+    """A choice of tokens that compiled code calls instead of containing it.
+
+    Random numbers are then drawn as in eager decoding, and ``choose`` may be another one at every call.
+    """
+
+    def __init__(self, choose: Callable[[torch.Tensor], torch.Tensor]):
+        self.choose = choose
+
+    @torch.compiler.disable
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.choose(logits)
 
 
 @contextmanager
@@ -50,13 +65,15 @@ def compile_step(decoder):
     """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
 
     Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
-    CPU every linear layer is laid out for exactly this number of rows. Where no compiler works the eager
-    step is returned, None, and why.
+    CPU every linear layer is laid out for exactly this number of rows. The step is one graph, or two with an
+    :class:`Outside` between them. Where no compiler works the eager step is returned, None, and why.
     """
+    from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
+
     device = decoder.verifier.device
-    cpu = device.type == "cpu"
+    cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
     run = torch.compile(
-        with_own_code(decoder.step), fullgraph=True, dynamic=False, mode=None if cpu else "reduce-overhead"
+        with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=None if cpu else "reduce-overhead"
     )
 
     def step(state, span):
@@ -65,7 +82,7 @@ def compile_step(decoder):
 
     started = time.perf_counter()
     try:
-        with torch.no_grad(), inductor.patch(freezing=cpu):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), inductor.patch(freezing=cpu):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
             for _ in range(3):

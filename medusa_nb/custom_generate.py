@@ -7,26 +7,32 @@ torch, transformers and safetensors alone (see :mod:`medusa_nb.bundle`).
 import hashlib
 import json
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
+from medusa_nb.base_model import context_length
+from medusa_nb.compilation import Outside
 from medusa_nb.decoding import Decoder, eos_ids
 from medusa_nb.drafting import DynamicDraft, TreeDraft, growing_draft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import WEIGHTS, MedusaHeads
 from medusa_nb.sampling import Sampler
 from medusa_nb.tree import Tree
-from medusa_nb.verification import best
+from medusa_nb.verification import Choose, best
 
 ABOUT = "medusa.json"  # how guesses are made, and which base model the heads belong to
 IGNORED = {"use_cache", "token_type_ids"}
 HANDLED = {
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "stop_strings"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate", "use_cache", "num_beams"),
-    *("transformers_version", "_from_model_config", "num_return_sequences", "disable_compile"),
+    *("transformers_version", "_from_model_config", "num_return_sequences", "disable_compile", "cache_implementation"),
 }
 
 
@@ -85,6 +91,10 @@ def generate(
     Greedy texts are those of the plain loop; sampling has the plain distribution. Anything that is not
     supported is refused by name, never ignored.
 
+    As elsewhere in transformers, ``cache_implementation="static"`` asks for fixed shapes and compiled code:
+    the first call then takes some ten seconds more, and later ones are faster, as long as they fit into the same
+    room and have the same batch size. ``disable_compile=True`` turns it off.
+
     Returns:
         ``LongTensor [B, T + new]``, padded on the right, or ``GenerateDecoderOnlyOutput`` with ``sequences``
         if ``return_dict_in_generate``.
@@ -119,10 +129,11 @@ def generate(
     draft = cached_draft(model, source)
     sampler = Sampler(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0) if config.do_sample else best
     capacity = max(map(len, prompts)) + max(1, limit) + draft.size
-    decoder = Decoder(model, capacity=capacity, slots=len(prompts), choose=sampler, draft=draft)
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
     ends = eos_ids(model, config.eos_token_id)
-    results = decoder.generate(prompts, limit, ends, streamer, stops, tokenizer, stopping_criteria)
+    compiled = config.cache_implementation == "static" and not config.disable_compile
+    with decoder_for(model, draft, len(prompts), capacity, sampler, compiled) as decoder:
+        results = decoder.generate(prompts, limit, ends, streamer, stops, tokenizer, stopping_criteria)
     texts = [torch.tensor(result.new_tokens, device=ids.device, dtype=ids.dtype) for result in results]
     padding = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
     new = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=padding)
@@ -136,6 +147,9 @@ def refuse_unsupported(config) -> None:
         raise InputError("decoding with Medusa heads does not support num_beams or num_return_sequences above 1")
     if config.use_cache is False:
         raise InputError("decoding with Medusa heads does not support use_cache=False; it needs the cache")
+    if config.cache_implementation not in (None, "static"):
+        name = config.cache_implementation
+        raise InputError(f"decoding with Medusa heads does not support cache_implementation={name!r}; 'static' it does")
     defaults = config._get_default_generation_params()
     for name, value in config.to_diff_dict().items():
         if name not in HANDLED and value not in (None, False, [], defaults.get(name)):
@@ -148,3 +162,62 @@ def cached_draft(model, source: str) -> TreeDraft | DynamicDraft:
     if source not in known:
         known[source] = load_draft(model, source)
     return known[source]
+
+
+class Shelf:
+    """A model's compiled decoders, kept from call to call; whoever uses one holds ``lock``."""
+
+    def __init__(self):
+        self.lock, self.decoders = threading.Lock(), {}
+
+    def __reduce__(self):  # a copy of the model starts with an empty shelf
+        return Shelf, ()
+
+    def decoder(self, model, draft: TreeDraft | DynamicDraft, slots: int, room: int, choose: Choose) -> Decoder:
+        """The decoder kept for this draft and number of texts, or a new one with twice the room of the last or more.
+
+        Weights are constants of compiled code: if they changed, the decoder is made anew.
+        """
+        key, weights = (id(draft), slots, choose is best), weights_state(model)
+        known, decoder = self.decoders.get(key, (None, None))
+        if known != weights or decoder.capacity < room:
+            self.decoders.pop(key, None)
+            capacity = min(largest_room(model, draft) or room * 2, max(512, 1 << (room - 1).bit_length()))
+            outside = best if choose is best else Outside(choose)
+            decoder = Decoder(model, capacity=capacity, slots=slots, choose=outside, draft=draft)
+            if decoder.compile() is None:
+                warnings.warn(f"the step did not compile, decoding goes on eagerly: {decoder.why_eager}", stacklevel=5)
+            self.decoders[key] = weights, decoder
+        if choose is not best:
+            decoder.verifier.choose.choose = choose
+        return decoder
+
+
+def weights_state(model) -> list[tuple[int, int]]:
+    """Where each weight lies and how often it was written to: another one if the weights change."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+
+
+def largest_room(model, draft: TreeDraft | DynamicDraft) -> int | None:
+    """Room for a text that fills the model's context, and its candidates."""
+    limit = context_length(model)
+    return None if limit is None else limit + draft.size
+
+
+@contextmanager
+def decoder_for(
+    model, draft: TreeDraft | DynamicDraft, slots: int, room: int, choose: Choose, compiled: bool
+) -> Iterator[Decoder]:
+    """A decoder for ``slots`` texts of at most ``room`` tokens, candidates included.
+
+    A compiled one is kept on the model's :class:`Shelf`; while another thread uses it, this call decodes eagerly.
+    """
+    room = min(room, largest_room(model, draft) or room)
+    shelf = model.__dict__.setdefault("_medusa_shelf", Shelf())
+    if not compiled or not shelf.lock.acquire(blocking=False):
+        yield Decoder(model, capacity=room, slots=slots, choose=choose, draft=draft)
+        return
+    try:
+        yield shelf.decoder(model, draft, slots, room, choose)
+    finally:
+        shelf.lock.release()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from medusa_nb.base_model import context_length, refuse_unsuitable
+from medusa_nb.compilation import compile_step
 from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, refuse_deep
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
@@ -126,8 +127,6 @@ class Decoder:
 
         Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
-        from medusa_nb.compilation import compile_step  # importing a compiler takes seconds; most callers need none
-
         self.run, self.compile_seconds, self.why_eager = compile_step(self)
         self.fixed_span = None if self.compile_seconds is None else self.capacity
         return self.compile_seconds
@@ -141,10 +140,12 @@ class Decoder:
         if not 0 < len(prompts) <= self.slots:
             raise InputError(f"there are {len(prompts)} prompts, the decoder has {self.slots} slot(s)")
         budgets = [check_request(self, prompt, max_new_tokens) for prompt in prompts]
-        self.going = [True] * len(prompts)
+        texts, spare = len(prompts), self.slots - len(prompts) if self.fixed_span else 0
+        prompts = prompts + prompts[:1] * spare  # a compiled step is for all slots: the others decode into the void
+        self.going = [True] * texts + [False] * spare
         state = self.start(prompts)
-        yield [Step([], [], [token]) for token in state.root.tolist()]
-        read, left = [len(prompt) for prompt in prompts], [budget - 1 for budget in budgets]
+        yield [Step([], [], [token]) for token in state.root.tolist()[:texts]]
+        read, left = [len(prompt) for prompt in prompts], [budget - 1 for budget in budgets] + [0] * spare
         while any(going := [a and b > 0 for a, b in zip(self.going, left, strict=True)]):
             if not all(going):  # a text that has ended stays in its slot and is decoded into the void
                 state = state._replace(lengths=state.lengths * torch.tensor(going, device=state.lengths.device))
@@ -156,7 +157,7 @@ class Decoder:
                     read[i] += len(step.emitted)
                     step.emitted = step.emitted[: left[i]]
                     left[i] -= len(step.emitted)
-            yield steps
+            yield steps[:texts]
 
     def start(self, prompts: list[torch.Tensor]) -> State:
         """Read the prompts: where the texts stand before the first step."""

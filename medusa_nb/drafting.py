@@ -57,9 +57,9 @@ class DraftVocabulary:
 
 
 def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
-    """The ``count`` ids that occur most often in answers, in ascending order."""
+    """The ``count`` ids that occur most often in answers, the most frequent first; equally frequent ones by id."""
     tally = Counter(token for answer in answers for token in answer)
-    return torch.tensor(sorted(token for token, _ in tally.most_common(count)))
+    return torch.tensor(sorted(tally, key=lambda token: (-tally[token], token))[:count])
 
 
 class Level(NamedTuple):

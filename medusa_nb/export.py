@@ -35,29 +35,46 @@ def export_tgi(heads: MedusaHeads, folder: Path, version: int = 2, **_) -> None:
     _write(folder, tensors, WEIGHTS, heads.config() | dict(version=str(version)))
 
 
-def export_vllm(heads: MedusaHeads, folder: Path, **_) -> None:
+def export_vllm(
+    heads: MedusaHeads,
+    folder: Path,
+    *,
+    draft_vocabulary: int | None = None,
+    calibration: Calibration | None = None,
+    **_,
+) -> None:
     """The layout of vLLM up to 0.32 (0.33 removed Medusa): biases kept, top-1 chain, no tree.
 
+    Args:
+        draft_vocabulary: N; heads then guess only the N most frequent tokens of ``calibration``. ``token_map``
+            (int64 ``[N]``) holds their ids, lm_head or the projections only their rows, and the reader gives
+            every other token the logit -inf.
+
     Raises:
-        InputError: heads that see the path.
+        InputError: heads that see the path, an lm_head with a bias, or a draft vocabulary that is unknown or no
+            smaller than the vocabulary (the reader would ignore ``token_map``).
     """
     _refuse_path(heads, "vLLM")
-    tensors = {}
+    _refuse_bias(heads, "vLLM")
+    vocabulary = heads.shared[0].weight.shape[0]
+    tensors, kept = {}, slice(None)
+    if draft_vocabulary is not None:
+        kept = tensors["token_map"] = _token_map(draft_vocabulary, calibration, vocabulary)
     for k in range(heads.num_heads):
         for layer in range(heads.num_layers):
             tensors[f"blocks.{k}.layers.{layer}.weight"] = heads.weight[k, layer]
             tensors[f"blocks.{k}.layers.{layer}.bias"] = heads.bias[k, layer]
         if heads.projection is not None:
-            tensors[f"lm_heads.{k}.weight"] = heads.projection[k]
+            tensors[f"lm_heads.{k}.weight"] = heads.projection[k][kept]
     lm_head = heads.shared[0].weight
     if heads.projection is None:
-        tensors["lm_heads.0.weight"] = lm_head
+        tensors["lm_heads.0.weight"] = lm_head[kept]
     config = dict(
         model_type="medusa",
         architectures=["MedusaModel"],
         hidden_size=lm_head.shape[1],
-        vocab_size=lm_head.shape[0],
-        truncated_vocab_size=lm_head.shape[0],
+        vocab_size=vocabulary,
+        truncated_vocab_size=draft_vocabulary or vocabulary,
         num_heads=heads.num_heads,
         num_hidden_layers=heads.num_layers,
         medusa_fc_bias=True,
@@ -118,6 +135,8 @@ def export(heads: MedusaHeads, folder: str | Path, to: str, **options) -> list[P
     folder = Path(folder)
     if to not in FORMATS:
         raise InputError(f"unknown format '{to}'; choose one of {', '.join(FORMATS)}")
+    if options.get("draft_vocabulary") is not None and to != "vllm":
+        raise InputError(f"a draft vocabulary to choose is part of vllm's format only, not of {to}'s")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"'{folder}' is not empty; choose a new folder for the export")
     existed = folder.exists()
@@ -136,6 +155,19 @@ def _refuse_path(heads: MedusaHeads, server: str) -> None:
             f"these heads see the path, and {server}'s format has no place for that block; export plain heads, "
             "or to transformers"
         )
+
+
+def _refuse_bias(heads: MedusaHeads, server: str) -> None:
+    if heads.projection is None and getattr(heads.shared[0], "bias", None) is not None:
+        raise InputError(f"this base model's lm_head has a bias, and {server}'s format has no place for it")
+
+
+def _token_map(count: int, calibration: Calibration | None, vocabulary: int) -> torch.Tensor:
+    if calibration is None:
+        raise InputError("a draft vocabulary needs the calibration beside the heads, which knows frequent tokens")
+    if count >= vocabulary:
+        raise InputError(f"a draft vocabulary of {count} tokens is none: the vocabulary has {vocabulary}")
+    return calibration.most_frequent(count).long()
 
 
 def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

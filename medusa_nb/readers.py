@@ -63,13 +63,20 @@ def read_tgi(folder: Path, lm_head: torch.Tensor, hidden: torch.Tensor) -> torch
 
 
 def read_vllm(folder: Path, lm_head: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[K, ..., V]`` as vLLM up to 0.32 computes them from states ``[..., D]``."""
+    """Logits ``[K, ..., V]`` as vLLM up to 0.32 computes them from states ``[..., D]``.
+
+    With a ``truncated_vocab_size`` below ``vocab_size``, ``token_map`` names the tokens that the projections'
+    rows stand for, and all others get -inf; otherwise a ``token_map`` is ignored.
+    """
     config, tensors = json.loads((folder / "config.json").read_text()), Strict(folder / "model.safetensors")
     if config.get("model_type") != "medusa" or config.get("architectures") != ["MedusaModel"]:
         raise InputError(f"{folder / 'config.json'} is not taken for Medusa: model_type and architectures must say so")
     width, vocabulary, biased = config["hidden_size"], config["vocab_size"], config.get("medusa_fc_bias", False)
-    shared = config.get("original_lm_head", False)
-    projection = tensors.take("lm_heads.0.weight", vocabulary, width) if shared else None
+    if vocabulary != len(lm_head):
+        raise InputError(f"{folder / 'config.json'}: vocab_size {vocabulary}, but the base model has {len(lm_head)}")
+    rows, shared = config.get("truncated_vocab_size") or vocabulary, config.get("original_lm_head", False)
+    tokens = read_token_map(tensors, rows, vocabulary) if rows < vocabulary else slice(None)
+    projection = tensors.take("lm_heads.0.weight", rows, width) if shared else None
     logits = []
     for k in range(config["num_heads"]):
         x = hidden
@@ -77,9 +84,23 @@ def read_vllm(folder: Path, lm_head: torch.Tensor, hidden: torch.Tensor) -> torc
             weight = tensors.take(f"blocks.{k}.layers.{layer}.weight", width, width)
             bias = tensors.take(f"blocks.{k}.layers.{layer}.bias", width) if biased else None
             x = x + F.silu(F.linear(x, weight, bias))
-        logits.append(F.linear(x, projection if shared else tensors.take(f"lm_heads.{k}.weight", vocabulary, width)))
+        guessed = F.linear(x, projection if shared else tensors.take(f"lm_heads.{k}.weight", rows, width))
+        logits.append(guessed.new_full((*guessed.shape[:-1], vocabulary), -torch.inf))
+        logits[-1][..., tokens] = guessed
     tensors.finish()
     return torch.stack(logits)
+
+
+def read_token_map(tensors: Strict, count: int, vocabulary: int) -> torch.Tensor:
+    """The ids ``[count]`` of the tokens that heads may guess: whole numbers, each once, all of the vocabulary."""
+    tokens = tensors.take("token_map", count)
+    if (
+        tokens.dtype != torch.int64
+        or len(tokens.unique()) < count
+        or not 0 <= tokens.min() <= tokens.max() < vocabulary
+    ):
+        raise InputError(f"{tensors.file}: token_map must hold {count} different ids below {vocabulary} as int64")
+    return tokens
 
 
 READERS = {"tgi": read_tgi, "vllm": read_vllm}
@@ -104,10 +125,14 @@ def check(folder: str | Path, to: str, heads, model, prompt: torch.Tensor) -> st
     ours = heads(hidden.to(heads.weight.dtype)).float()
     if theirs.shape != ours.shape:
         raise InputError(f"'{folder}' gives logits of the shape {list(theirs.shape)}, ours are {list(ours.shape)}")
-    gap, allowed = (theirs - ours).abs().max().item(), 1e-5 if heads.weight.dtype == torch.float32 else 0.5
-    if gap > allowed * max(1.0, ours.abs().max().item()):
+    guessed = theirs != -torch.inf
+    count, every = int(guessed[0, 0].sum()), theirs.shape[-1]
+    gap = (theirs - ours)[guessed].abs().max().item() if count else torch.inf
+    allowed = 1e-5 if heads.weight.dtype == torch.float32 else 0.5
+    if not gap <= allowed * max(1.0, ours.abs().max().item()):
         raise InputError(f"'{folder}' gives other logits than ours: they differ by {gap:.2g}")
-    return f"read back as {to} does: {len(theirs)} heads, largest difference of logits {gap:.1g}"
+    words = f", {count} of {every} tokens" if count < every else ""
+    return f"read back as {to} does: {len(theirs)} heads{words}, largest difference of logits {gap:.1g}"
 
 
 def _check_transformers(folder: Path, model, prompt: torch.Tensor) -> str:

@@ -24,11 +24,15 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    model: str | Path, trust_remote_code: bool = False, dtype: str = "auto", timeout: float = 120
+    model: str | Path,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    timeout: float = 120,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """Start an OpenAI-compatible server for ``model``; yields its base URL and stops it at the end.
 
-    Listens on 127.0.0.1 only.
+    Listens on 127.0.0.1 only. ``compiled``: the server's ``--compile``; its first answer then takes longer.
 
     Raises:
         InputError: the serving packages are missing, or the server does not come up; with its last words.
@@ -36,6 +40,7 @@ def serving(
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", dtype, *(["--trust-remote-code"] if trust_remote_code else [])]
+    command += ["--compile"] if compiled else []
     with tempfile.TemporaryFile() as log:
         environment = os.environ | dict(HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"))
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

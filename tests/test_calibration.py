@@ -1,5 +1,7 @@
 """Calibration: counted as its parts count, and the same after a round trip."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -52,3 +54,15 @@ def test_a_missing_or_damaged_file(tmp_path, text):
         (tmp_path / FILE).write_text(text)
     with pytest.raises(InputError, match="calibration.json"):
         Calibration.load(tmp_path)
+
+
+def test_the_most_frequent_tokens_of_the_draft_vocabulary():
+    known = Calibration(Counter(), torch.zeros(1, 1), torch.tensor([7, 2, 9]), [])
+    assert known.most_frequent(2).tolist() == [7, 2]
+    for count in (0, 4):
+        with pytest.raises(InputError, match="the calibration knows 3; choose 1 to 3"):
+            known.most_frequent(count)
+    by_id = Calibration(Counter(), torch.zeros(1, 1), torch.tensor([2, 7, 9]), [])
+    assert by_id.most_frequent(3).tolist() == [2, 7, 9]  # all of them: their order does not matter
+    with pytest.raises(InputError, match="does not say which tokens are most frequent"):
+        by_id.most_frequent(2)

@@ -31,7 +31,10 @@ def test_distill_train_generate_measure(answers, tmp_path, capsys):
     assert "the text of plain greedy decoding" in said and "would send to me/heads" in said
     assert "custom_generate/generate.py" in said and "# heads" in said
     assert main(["export", str(heads), str(tmp_path / "vllm"), "--to", "vllm", "--check", "--dtype", "float32"]) == 0
-    assert "read back as vllm does: 2 heads" in capsys.readouterr().out
+    assert "read back as vllm does: 2 heads," in capsys.readouterr().out
+    arguments = [str(heads), str(tmp_path / "few"), "--to", "vllm", "--check", "--dtype", "float32"]
+    assert main(["export", *arguments, "--draft-vocabulary", "100"]) == 0
+    assert "2 heads, 100 of 8192 tokens, largest difference" in capsys.readouterr().out
 
 
 def test_continuing_is_possible_and_other_settings_are_refused(answers, capsys):

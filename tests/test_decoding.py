@@ -267,6 +267,16 @@ def test_the_compiled_step_gives_the_same_text(config):
     assert model.config._attn_implementation != "medusa_grouped_sdpa"
 
 
+def test_a_compiled_decoder_takes_fewer_prompts_than_it_has_slots(small_model):
+    decoder = Decoder(small_model, random_heads(small_model, 3), random_tree(3, 9), capacity=96 + 9, slots=3)
+    decoder.compile()
+    for count in (3, 2, 1):
+        prompts = [prompt(5 + i, seed=i)[0] for i in range(count)]
+        texts = [result.new_tokens for result in decoder.generate(prompts, 30, eos_token_id=[])]
+        plain = [greedy_generate(small_model, ids.unsqueeze(0), 30, eos_token_id=[]) for ids in prompts]
+        assert texts == [result.new_tokens for result in plain]
+
+
 def test_without_a_compiler_decoding_goes_on(small_model, monkeypatch):
     def no_compiler(*arguments, **options):
         raise RuntimeError("no working C++ compiler\nmore")

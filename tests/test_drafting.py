@@ -192,7 +192,8 @@ def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
 
 
 def test_frequent_tokens_are_those_said_most():
-    assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [2, 5]
+    assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [5, 2]
+    assert frequent_tokens([[9, 2], [5]], 5).tolist() == [2, 5, 9]
 
 
 def test_own_projections_have_no_draft_vocabulary(small_model):

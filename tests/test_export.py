@@ -1,19 +1,21 @@
 """Exports: read back with their readers' arithmetic, refused with one sentence, decoded by plain transformers."""
 
+import copy
 import json
 import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import pytest
 import torch
-from conftest import random_tree, small_llama
+from conftest import random_model, random_tree, small_llama
 from safetensors.torch import load_file, save_file
 from test_decoding import Listener, prompt
 from test_heads import SHAPES, random_heads, seeing_heads
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, PhiConfig, StoppingCriteria, StoppingCriteriaList
 
 from medusa_nb.calibration import Calibration
 from medusa_nb.errors import InputError
@@ -74,6 +76,84 @@ def test_vllm_config_keeps_the_biases(tmp_path, small_model):
     (tmp_path / "out" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(InputError, match="would ignore"):
         READERS["vllm"](tmp_path / "out", small_model.lm_head.weight, torch.randn(2, 32))
+
+
+def knowing(*frequent: int) -> Calibration:
+    """A calibration that knows these frequent tokens and nothing else."""
+    return Calibration(Counter(), torch.zeros(1, 1), torch.tensor(frequent), [])
+
+
+@pytest.mark.parametrize(("K", "layers", "own"), SHAPES)
+@torch.no_grad()
+def test_vllm_with_a_draft_vocabulary_guesses_its_tokens_only(tmp_path, small_model, K, layers, own):
+    heads, tokens = random_heads(small_model, K, layers, own), [41, 7, 0, 30, 12]
+    export(heads, tmp_path / "out", "vllm", draft_vocabulary=4, calibration=knowing(*tokens))
+    tensors, config = load_file(tmp_path / "out/model.safetensors"), json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert tensors["token_map"].tolist() == tokens[:4] and tensors["token_map"].dtype == torch.int64
+    assert (config["truncated_vocab_size"], config["vocab_size"], config["original_lm_head"]) == (4, 50, not own)
+    assert sum("lm_heads" in name for name in tensors) == (K if own else 1)
+    assert all(len(tensor) == 4 for name, tensor in tensors.items() if "lm_heads" in name)
+    hidden = torch.randn(3, 4, 32)
+    theirs, ours = READERS["vllm"](tmp_path / "out", small_model.lm_head.weight, hidden), heads(hidden)
+    assert torch.allclose(theirs[..., tokens[:4]], ours[..., tokens[:4]], atol=1e-5, rtol=1e-5)
+    others = [token for token in range(50) if token not in tokens[:4]]
+    assert theirs.shape == (K, 3, 4, 50) and bool((theirs[..., others] == -torch.inf).all())
+    assert f"{K} heads, 4 of 50 tokens" in check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+@pytest.mark.parametrize(
+    ("token_map", "message"),
+    [
+        ([7, 41, 0, 30], "other logits"),
+        ([41, 7, 0, 0], "4 different ids"),
+        ([41, 7, 0, 50], "ids below 50"),
+        ([41.0, 7.0, 0.0, 30.0], "as int64"),
+        ([41, 7, 0], "its reader expects"),
+        (None, "lacks token_map"),
+    ],
+)
+def test_check_notices_a_wrong_token_map(tmp_path, small_model, token_map, message):
+    heads = random_heads(small_model)
+    export(heads, tmp_path / "out", "vllm", draft_vocabulary=4, calibration=knowing(41, 7, 0, 30))
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["token_map"]
+    if token_map is not None:
+        tensors["token_map"] = torch.tensor(token_map)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(InputError, match=message):
+        check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+def test_a_token_map_without_a_smaller_vocabulary_would_be_ignored(tmp_path, small_model):
+    heads = random_heads(small_model)
+    export(heads, tmp_path / "out", "vllm")
+    tensors = load_file(tmp_path / "out/model.safetensors") | dict(token_map=torch.arange(50))
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(InputError, match="token_map, which its reader would ignore"):
+        check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("vllm", dict(draft_vocabulary=4), "needs the calibration"),
+        ("vllm", dict(draft_vocabulary=4, calibration=knowing(3, 1)), "the calibration knows 2"),
+        ("vllm", dict(draft_vocabulary=2, calibration=knowing(1, 3, 5)), "calibrate the heads again"),
+        ("vllm", dict(draft_vocabulary=50, calibration=knowing(*range(50))), "of 50 tokens is none"),
+        ("tgi", dict(draft_vocabulary=2, calibration=knowing(3, 1)), "part of vllm's format only"),
+    ],
+)
+def test_draft_vocabularies_that_cannot_be_held_are_refused(tmp_path, small_model, to, options, message):
+    with pytest.raises(InputError, match=message):
+        export(random_heads(small_model), tmp_path / "out", to, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_has_no_place_for_a_bias_of_lm_head(tmp_path):
+    model = random_model(PhiConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    with pytest.raises(InputError, match="lm_head has a bias, and vLLM's format has no place"):
+        export(random_heads(model), tmp_path / "out", "vllm")
+    export(random_heads(model, own=True), tmp_path / "out", "vllm")  # own projections have none
 
 
 @pytest.mark.parametrize("to", ["tgi", "vllm"])
@@ -236,6 +316,7 @@ def test_sampling_follows_the_seed_and_varies(medusa):
         (dict(min_new_tokens=5), "min_new_tokens"),
         (dict(prompt_lookup_num_tokens=5), "prompt_lookup_num_tokens"),
         (dict(use_cache=False), "use_cache"),
+        (dict(cache_implementation="offloaded"), "cache_implementation"),
         (dict(inputs_embeds=torch.zeros(1, 3, 32)), "inputs_embeds"),
     ],
 )
@@ -248,6 +329,96 @@ def test_another_base_model_is_refused(folder, tokenizer):
     other = small_llama(len(tokenizer), context=256, seed=2)
     with pytest.raises(ValueError, match="were trained for another base model"):
         ask(other, prompt(9), custom_generate=str(folder), trust_remote_code=True)
+
+
+# --- compiled, on request ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(folder):
+    """A model of its own, whose shelf of compiled decoders is still empty."""
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def shelf(model) -> list:
+    return [decoder for _, decoder in model._medusa_shelf.decoders.values()]
+
+
+def static(model, ids, **options):
+    return ask(model, ids, cache_implementation="static", **options)
+
+
+def test_one_compiled_decoder_serves_all_that_fits(plain, compiled, tokenizer):
+    ids, listener = prompt(9) + 20, Listener()
+    for length in (1, 9, 60):
+        text = torch.randint(5, 8000, (1, length), generator=torch.Generator().manual_seed(length))
+        assert static(compiled, text).tolist() == ask(plain, text).tolist()
+    result = static(compiled, ids, streamer=listener, return_dict_in_generate=True)
+    assert listener.tokens == result.sequences[0].tolist() == ask(plain, ids)[0].tolist() and listener.ended
+    stops = dict(stop_strings=[tokenizer.decode(result.sequences[0, 13:15])], tokenizer=tokenizer)
+    assert static(compiled, ids, **stops).tolist() == ask(plain, ids, **stops).tolist()
+    ends = result.sequences[0, 16].item()
+    assert static(compiled, ids, eos_token_id=ends).tolist() == ask(plain, ids, eos_token_id=ends).tolist()
+    long = torch.randint(5, 8000, (1, 200), generator=torch.Generator().manual_seed(0))  # 56 more fill the context
+    assert static(compiled, long, max_new_tokens=100).shape[1] == 256
+    assert static(compiled, long, max_new_tokens=100).tolist() == ask(plain, long, max_new_tokens=56).tolist()
+    [decoder] = shelf(compiled)
+    assert bool(decoder.compile_seconds) != bool(decoder.why_eager)
+    assert decoder.capacity == 256 + decoder.draft.size  # the whole context
+    assert not shelf(copy.deepcopy(compiled))  # a copy compiles its own
+    with torch.no_grad():
+        for model in (plain, compiled):
+            model.model.norm.weight.mul_(-1)  # weights are constants of compiled code, which must notice
+    try:
+        assert static(compiled, ids).tolist() == ask(plain, ids).tolist() != result.sequences.tolist()
+    finally:
+        plain.model.norm.weight.data.mul_(-1)
+    assert shelf(compiled) != [decoder]
+
+
+@pytest.mark.parametrize("folder", ["growing tree"], indirect=True)
+def test_compiled_left_padded_batches(plain, compiled):
+    ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
+    ids[0, 7:], ids[1], mask[0, :7] = torch.arange(30, 35), torch.arange(50, 62), 0
+    for ends in (None, list(range(5, 8000, 9))):
+        options = dict(attention_mask=mask, eos_token_id=ends)
+        assert static(compiled, ids, **options).tolist() == ask(plain, ids, **options).tolist()
+    assert [decoder.slots for decoder in shelf(compiled)] == [2]
+
+
+@pytest.mark.parametrize("folder", ["growing tree"], indirect=True)
+def test_compiled_sampling_draws_what_eager_sampling_draws(compiled):
+    ids = prompt(9) + 20
+    for options in (dict(temperature=1.5, top_k=50), dict(temperature=0.8, top_p=0.9), dict(top_k=5)):
+        texts = []
+        for way in (ask, static, static):
+            torch.manual_seed(7)
+            texts.append(way(compiled, ids, do_sample=True, **options).tolist())
+        assert texts[0] == texts[1] == texts[2]
+    assert len(shelf(compiled)) == 1  # other settings, the same code
+
+
+def test_a_step_that_does_not_compile_is_decoded_eagerly(plain, compiled, monkeypatch):
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
+    ids = prompt(9) + 20
+    with pytest.warns(UserWarning, match="decoding goes on eagerly: RuntimeError: no working C"):
+        assert static(compiled, ids).tolist() == ask(plain, ids).tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # said once
+        assert static(compiled, ids).tolist() == ask(plain, ids).tolist()
+
+
+def test_nothing_is_compiled_unless_asked_for_or_while_another_thread_does(plain, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    ids = prompt(9) + 20
+    expected = ask(plain, ids).tolist()
+    assert ask(compiled, ids).tolist() == static(compiled, ids, disable_compile=True).tolist() == expected
+    with compiled._medusa_shelf.lock:
+        assert static(compiled, ids).tolist() == expected
+    assert not shelf(compiled)
 
 
 ALONE = """

@@ -24,14 +24,15 @@ def folder(tmp_path_factory, tokenizer):
     return out
 
 
-def test_served_text_is_the_plain_text_streamed_and_whole(folder, tokenizer):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_served_text_is_the_plain_text_streamed_and_whole(folder, tokenizer, compiled):
     messages = [dict(role="user", content=PROMPT)]
     batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     new = plain.generate(**batch, max_new_tokens=24, do_sample=False)[0, batch["input_ids"].shape[1] :]
     expected = tokenizer.decode(new, skip_special_tokens=True)
-    with serving(folder, trust_remote_code=True) as url:
-        client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+    with serving(folder, trust_remote_code=True, compiled=compiled) as url:
+        client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=180)
         arguments = dict(model=str(folder), messages=messages, max_tokens=24, temperature=0)
         whole = client.chat.completions.create(**arguments)
         assert whole.choices[0].message.content == expected
