@@ -67,6 +67,8 @@ def run_race(
     One machine cannot run both at once without one slowing the other. So whoever has used less time goes
     next: what you see at any moment is what each would have written by then.
     """
+    for decoder in decoders.values():  # warm up
+        list(decoder.decode([prompt], 4))
     lanes = {name: Lane(name) for name in decoders}
     runs = {name: decoder.decode([prompt], max_new_tokens) for name, decoder in decoders.items()}
     shown_at = time.perf_counter()
