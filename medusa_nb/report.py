@@ -185,7 +185,8 @@ def draw(results: dict, file: Path) -> None:
 def publish(out: Path) -> None:
     """Take a learner run's results into ``data/results.json`` and write README and figure from them."""
     results = json.loads((out / "results.json").read_text())
-    results["minutes"] = notebook_minutes(out)
+    known = json.loads(RESULTS.read_text()).get("minutes", {}) if RESULTS.exists() else {}
+    results["minutes"] = known | notebook_minutes(out)  # a notebook this run left out keeps its minutes
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     README.write_text(readme(README.read_text(), results))
     CARD.write_text(card(CARD.read_text(), json.loads(RECIPE.read_text())))
