@@ -29,7 +29,7 @@ REFUSED = {
     "added_tokens_overrides resize_token_embeddings_to_32x shrink_embeddings reinit_weights qat lisa_n_layers "
     "neftune_noise_alpha",
     "nothing is back-propagated through the base model, and its own loss is not computed": "gradient_checkpointing "
-    "activation_offloading layer_offloading chunked_cross_entropy use_eaft orpo_alpha label_smoothing_factor rl "
+    "activation_offloading layer_offloading chunked_cross_entropy use_eaft orpo_alpha rl "
     "reward_model process_reward_model trainer_cls do_bench_eval do_causal_lm_eval generate_samples",
     "each conversation is a row of its own, padded by the plugin": "sample_packing eval_sample_packing "
     "pad_to_sequence_len pretraining_dataset streaming processor_type",
