@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from medusa_nb.display import draw_training
 from medusa_nb.progress import is_headless
 
-SHARE = 0.03  # at most this share of the training time is spent on drawing
+SHARE = 0.02  # at most this share of the training time is spent on drawing
 
 
 class TrainingMonitor(TrainerCallback):
