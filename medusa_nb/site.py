@@ -12,6 +12,7 @@ from medusa_nb.report import LESSONS
 from medusa_nb.run import notebooks
 
 OUTSIDE = re.compile(r"<(?:script|link|img)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</script>)?")
+UNDESCRIBED = 'alt="No description has been provided for this image"'
 OTHERS = {"SUMMARY": "The walk on one page", "GLOSSARY": "Glossary", "TEACHING": "Teaching"}
 FIGURES = ("map.png", "walk.png")
 NARROW = (  # what is wider than a narrow window scrolls in its own box
@@ -21,7 +22,8 @@ NARROW = (  # what is wider than a narrow window scrolls in its own box
 )
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
-    "a{color:#0072B2}li{margin:.6em 0}img{max-width:100%}table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "a{color:#0072B2}li{margin:.6em 0}img{max-width:100%}.anchor-link{display:none}"
+    "table{border-collapse:collapse;display:block;overflow-x:auto}"
     "td,th{border:1px solid #ddd;padding:.3em .6em;text-align:left;vertical-align:top}"
 )
 
@@ -32,7 +34,16 @@ def page(notebook_file: Path) -> str:
     exporter = HTMLExporter(template_name="lab", embed_images=True)
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": notebook_file.stem}})
+    for alt in descriptions(notebook):
+        text = text.replace(UNDESCRIBED, f'alt="{html.escape(alt)}"', 1)
     return relinked(OUTSIDE.sub("", text).replace("</head>", f"<style>{NARROW}</style></head>", 1))
+
+
+def descriptions(notebook) -> list[str]:
+    """What the notebook's figures show, in their order; nbconvert's template leaves that out."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    return [figure.metadata.get("image/png", {}).get("alt", "a figure without a description") for figure in figures]
 
 
 def relinked(text: str) -> str:
@@ -58,7 +69,7 @@ def build_site(folder: Path) -> list[Path]:
     for figure in FIGURES:
         (folder / figure).write_bytes((ROOT / "data" / "figures" / figure).read_bytes())
     entries = "".join(
-        f'<li><a href="{n.stem}.html">{n.stem.replace("_", " ")}</a>: {html.escape(LESSONS[n.stem[:2]])}</li>'
+        f'<li><a href="{n.stem}.html">{n.stem.replace("_", " ")}</a>: {inline(LESSONS[n.stem[:2]])}</li>'
         for n in notebooks()
     )
     others = " · ".join(f'<a href="{name}.html">{title}</a>' for name, title in OTHERS.items())
@@ -70,6 +81,12 @@ def build_site(folder: Path) -> list[Path]:
     pages.append(folder / "index.html")
     pages[-1].write_text(frame("Medusa in notebooks", index))
     return pages
+
+
+def inline(text: str) -> str:
+    """A line of Markdown with *emphasis* and `code` as HTML."""
+    text = re.sub(r"\*([^*]+)\*", r"<em>\1</em>", html.escape(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
 def frame(title: str, body: str) -> str:

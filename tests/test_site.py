@@ -32,3 +32,9 @@ def test_links_between_pages_lead_to_pages(pages):
     for name, text in pages.items():
         for target in re.findall(r'href="([\w]+\.html)"', text):
             assert target in pages, (name, target)
+
+
+def test_figures_are_described_and_lessons_are_not_raw_markdown(pages):
+    for name, text in pages.items():
+        assert "No description has been provided" not in text and "a figure without a description" not in text, name
+    assert "<em>this</em>" in pages["index.html"] and "`" not in pages["index.html"]
