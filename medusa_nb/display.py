@@ -8,6 +8,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, Markdown, display
+from PIL import Image
 
 from medusa_nb.training import accuracy
 
@@ -20,9 +21,10 @@ TINTS = ("#cfe3f1", "#fbe7bf", "#c6e9dc", "#f3dbe7", "#f6d3bd")
 
 def show(alt: str) -> None:
     """Show the current matplotlib figure, described by ``alt`` for those who cannot see it."""
-    data = io.BytesIO()
-    plt.savefig(data, format="png")
+    drawn, data = io.BytesIO(), io.BytesIO()
+    plt.savefig(drawn, format="png")
     plt.close()
+    Image.open(drawn).convert("RGB").quantize(128).save(data, "png", optimize=True)  # a third of the size
     picture = {"image/png": base64.b64encode(data.getvalue()).decode(), "text/plain": alt}
     display(picture, raw=True, metadata={"image/png": {"alt": alt}})
 
