@@ -64,6 +64,7 @@ class NotebookPage:
             self.page.wait_for_timeout(200)
         else:
             raise AssertionError(f"{self.name} has not ended after {minutes} minutes: {prompts}")
+        self.page.wait_for_timeout(1500)  # the last widgets' messages are still on their way
         assert not self.errors(), self.errors()
 
     def errors(self) -> list[str]:

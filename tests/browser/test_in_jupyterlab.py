@@ -70,8 +70,9 @@ def test_02_runs_and_its_answers_can_be_leafed_through(opened, page, times):
 def test_03_runs_and_a_token_can_be_looked_through(opened, page, times):
     notebook = run(opened, "03_head_training")
     monitor = notebook.output_of("log = await TrainingMonitor")
-    assert monitor.get_by_role("button", name="stop, keep what was learned").is_visible()
-    assert monitor.locator("img").evaluate("image => image.naturalWidth") > 300
+    monitor.get_by_role("button", name="stop, keep what was learned").wait_for()
+    drawn = "image => new Promise(done => { const look = () => image.naturalWidth > 300 ? done(true) : "
+    monitor.locator("img").first.evaluate(drawn + "setTimeout(look, 100); look() })")
     notebook.shot("training_monitor", monitor)
     output = notebook.output_of("head_lens(model, heads")
     view = output.locator(".widget-html")
