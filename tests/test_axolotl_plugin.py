@@ -120,6 +120,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(name):
     refuse({name: False})
 
 
+def test_the_gravest_ones_are_among_them():
+    assert {"adapter", "unfrozen_parameters", "gradient_checkpointing", "sample_packing", "deepspeed"} <= set(NAMES)
+
+
 def test_a_misspelt_option_is_refused():
     with pytest.raises(InputError, match="'medusa_heads'.*medusa_num_heads"):
         refuse(dict(medusa_heads=3))
