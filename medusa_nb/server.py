@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -85,8 +86,16 @@ def openai_package():
     return openai
 
 
-def ask(url: str, model: str | Path, messages: list[dict], max_tokens: int) -> str:
-    """One greedy answer from an OpenAI-compatible server."""
-    client = openai_package().OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300)
-    answer = client.chat.completions.create(model=str(model), messages=messages, max_tokens=max_tokens, temperature=0)
-    return answer.choices[0].message.content
+@cache
+def client_of(url: str):
+    """The ``openai`` client of a server: kept, because making one takes longer than a short answer."""
+    return openai_package().OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=300)
+
+
+def ask(url: str, model: str | Path, messages: list[dict], max_tokens: int, stream: bool = False) -> str:
+    """One greedy answer from an OpenAI-compatible server, sent whole or (``stream``) piece by piece."""
+    asked = dict(model=str(model), messages=messages, max_tokens=max_tokens, temperature=0)
+    answer = client_of(url).chat.completions.create(**asked, stream=stream)
+    if not stream:
+        return answer.choices[0].message.content
+    return "".join(piece.choices[0].delta.content or "" for piece in answer if piece.choices)

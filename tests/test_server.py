@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from medusa_nb.errors import InputError
 from medusa_nb.export import export
-from medusa_nb.server import serving
+from medusa_nb.server import ask, serving
 from medusa_nb.tree import tree_from_paths
 
 PROMPT = 'def area(radius):\n    """Area of a circle."""'
@@ -36,6 +36,7 @@ def test_served_text_is_the_plain_text_streamed_and_whole(folder, tokenizer, com
         arguments = dict(model=str(folder), messages=messages, max_tokens=24, temperature=0)
         whole = client.chat.completions.create(**arguments)
         assert whole.choices[0].message.content == expected
+        assert ask(url, folder, messages, 24) == ask(url, folder, messages, 24, stream=True) == expected
         chunks = client.chat.completions.create(**arguments, stream=True)
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == expected
