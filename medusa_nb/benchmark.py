@@ -116,7 +116,7 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
             size = contestants.decoders[name].draft.size
             check = steps[size] if size > 1 else steps[name]
             rows[name] |= parts(timing, steps[name], check) | dict(tree=size)
-            for row in (rows[name], rows[name]["without_loops"]):
+            for row in (rows[name], rows[name]["without_loops"]) if size > 1 else ():  # a gain needs guesses
                 achievable = row["tokens_per_pass"] * steps[LOOP] / check
                 row["share_of_achievable"] = round(row["vs_loop"] / achievable, 3)
     return dict(

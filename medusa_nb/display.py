@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections import Counter
+from collections.abc import Collection
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,17 +16,22 @@ from medusa_nb.training import accuracy
 BASE_COLOR, BASELINE = "#4d4d4d", "#999999"
 HEAD_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # colour-blind safe (Okabe and Ito)
 COPIED = "#dddddd"
-OURS = ("own answers", "own batches, in process", "as in the walk")  # bars that stand out
 TINTS = ("#cfe3f1", "#fbe7bf", "#c6e9dc", "#f3dbe7", "#f6d3bd")
+
+
+def png_of(figure) -> bytes:
+    """A matplotlib figure as the bytes of a PNG, for outputs and image widgets."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
 
 
 def show(alt: str) -> None:
     """Show the current matplotlib figure, described by ``alt`` for those who cannot see it."""
-    drawn, data = io.BytesIO(), io.BytesIO()
-    plt.savefig(drawn, format="png")
+    drawn, small = io.BytesIO(png_of(plt.gcf())), io.BytesIO()
     plt.close()
-    Image.open(drawn).convert("RGB").quantize(128).save(data, "png", optimize=True)  # a third of the size
-    picture = {"image/png": base64.b64encode(data.getvalue()).decode(), "text/plain": alt}
+    Image.open(drawn).convert("RGB").quantize(128).save(small, "png", optimize=True)  # about half the size
+    picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": alt}
     display(picture, raw=True, metadata={"image/png": {"alt": alt}})
 
 
@@ -190,14 +196,14 @@ def plot_tokens_per_pass(counts: dict[str, list[int]]) -> None:
     show("; ".join(f"{name}: {sum(v) / len(v):.2f} tokens per pass on average" for name, v in counts.items()))
 
 
-def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None) -> None:
-    """Labelled horizontal bars, with a line at the baseline."""
+def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None, ours: Collection[str] = ()) -> None:
+    """Labelled horizontal bars, with a line at the baseline; those named in ``ours`` stand out."""
     plt.figure(figsize=(5.2, 0.45 * len(values) + 0.9))
     names = list(values)[::-1]
     bars = plt.barh(
         names,
         [values[n] for n in names],
-        color=[HEAD_COLORS[0] if "Medusa" in n or n in OURS else BASELINE for n in names],
+        color=[HEAD_COLORS[0] if n in ours else BASELINE for n in names],
     )
     plt.bar_label(bars, fmt=" %.2f")
     if baseline is not None:

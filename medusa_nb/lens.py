@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from IPython.display import HTML, display
 
-from medusa_nb.display import TINTS, visible
+from medusa_nb.display import tint_of, visible
 from medusa_nb.features import encode_conversation
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import is_headless
@@ -68,16 +68,16 @@ class Lens:
                 text = f'<b style="outline:2px solid #222">{text}</b>'
             elif 0 <= k < len(guesses) and guesses[k].rank is not None:
                 first = guesses[k].rank == 0
-                fill, under = (tint(k), "solid") if first else ("none", "dotted")
-                text = f'<span style="background:{fill};border-bottom:2px {under} #222">{text}</span>'
+                tint, under = (tint_of(k), "solid") if first else ("", "dotted")
+                text = f'<span style="{tint}border-bottom:2px {under} #222">{text}</span>'
             marked.append(text)
         rows = []
         for k, guess in enumerate(guesses):
             cells = []
             for token, chance in guess.best:
-                right = f"background:{tint(k)};font-weight:bold" if token == guess.true else ""
+                right = f"{tint_of(k)}font-weight:bold;" if token == guess.true else ""
                 word = html.escape(visible(self.tokenizer.decode([token])))
-                cells.append(f'<td style="{right};padding:.1em .6em"><code>{word}</code> {chance:.0%}</td>')
+                cells.append(f'<td style="{right}padding:.1em .6em"><code>{word}</code> {chance:.0%}</td>')
             true = "the end" if guess.true is None else visible(self.tokenizer.decode([guess.true]))
             rows.append(f"<tr><th>head {k}</th>{''.join(cells)}<td>true: <code>{html.escape(true)}</code></td></tr>")
         text = f'<pre style="background:#fff;color:#222;white-space:pre-wrap">{"".join(marked)}</pre>'
@@ -103,10 +103,6 @@ class Lens:
             if piece.endswith("\n"):
                 lines.append([])
         return [line for line in lines if line]
-
-
-def tint(head: int) -> str:
-    return TINTS[head % len(TINTS)]
 
 
 def head_lens(model, heads: MedusaHeads, tokenizer, messages: list[dict], shown: int = 4) -> None:

@@ -1,7 +1,6 @@
 """The training monitor: loss and accuracy of every head grow while it trains, and a button stops it."""
 
 import asyncio
-import io
 import time
 from collections.abc import Callable
 
@@ -9,7 +8,7 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 from transformers import TrainerCallback
 
-from medusa_nb.display import draw_training
+from medusa_nb.display import draw_training, png_of
 from medusa_nb.progress import is_headless
 
 SHARE = 0.02  # at most this share of the training time is spent on drawing
@@ -31,6 +30,7 @@ class TrainingMonitor(TrainerCallback):
 
         An interrupted cell stops the training like the button does.
         """
+        self.stopped = False
         try:
             return await asyncio.to_thread(train, *arguments, [self])
         finally:
@@ -41,7 +41,7 @@ class TrainingMonitor(TrainerCallback):
         self.stopped = True
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.log, self.stopped = [], False
+        self.log = []
         if is_headless():
             return
         import ipywidgets
@@ -73,9 +73,7 @@ class TrainingMonitor(TrainerCallback):
         started = time.perf_counter()
         self.figure.clear()
         draw_training(self.figure, self.log, self.num_heads)
-        data = io.BytesIO()
-        self.figure.savefig(data, format="png")
-        self.image.value = data.getvalue()
+        self.image.value = png_of(self.figure)
         note = " (stopped)" if self.stopped else ""
         self.words.value = f"step {state.global_step} of {state.max_steps}{note}"
         self.drawn_at = time.perf_counter()

@@ -1,13 +1,12 @@
 """The planner: from the accuracy of heads and the price of a wide pass to the speedup to expect."""
 
 import heapq
-import io
 from collections import Counter
 
 import matplotlib.pyplot as plt
 from IPython.display import display
 
-from medusa_nb.display import BASELINE, HEAD_COLORS, show
+from medusa_nb.display import BASELINE, HEAD_COLORS, png_of, show
 from medusa_nb.progress import is_headless
 from medusa_nb.tree import build_tree, expected_tokens
 
@@ -102,9 +101,7 @@ def planner(counts: Counter, latency: dict[int, float]) -> None:
         values = {name: slider.value for name, slider in sliders.items()}
         axes.clear()
         here = draw_plan(axes, **values, counts=counts, latency=latency)
-        data = io.BytesIO()
-        figure.savefig(data, format="png")
-        image.value = data.getvalue()
+        image.value = png_of(figure)
         tokens = planned_tokens(values["accuracy"], values["decay"], values["size"])
         limit = break_even_cost(values["accuracy"], values["decay"], values["size"])
         words.value = (

@@ -116,7 +116,15 @@ def test_the_stepper_names_copied_tokens(decoders, tokenizer):
     prompt = torch.tensor([7, 8, 9, 10] * 5)
     passes = stepper.Passes(decoders["Medusa"], tokenizer, prompt, 30)
     notes = [note for number in range(len(passes)) for note in passes.labels(number)[1]]
-    assert any("copied from the text" in note for note in notes)
+    assert any("copied from the text; head 0 had it as number" in note for note in notes)
+
+
+def test_what_is_copied_deeper_than_there_are_heads_has_no_rank(tiny_model, tokenizer):
+    growing = DynamicDraft(seeing_heads(tiny_model, 2), 8, "cpu", torch.tensor([[0.0] * 5, [0.99] * 5]))
+    passes = stepper.Passes(Decoder(tiny_model, draft=growing, capacity=80), tokenizer, torch.tensor([7, 8] * 8), 20)
+    labels, notes = zip(*(passes.labels(number) for number in range(len(passes))), strict=True)
+    deep = [label for label, note in zip(sum(labels, []), sum(notes, []), strict=True) if "'copied'" in note]
+    assert deep and not any("%" in label for label in deep)
 
 
 def test_the_stepper_moves_and_leaves_a_picture(decoders, tokenizer, shown, monkeypatch):

@@ -4,13 +4,15 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
 
 from medusa_nb.decoding import Decoder, longest_right_path
 from medusa_nb.errors import InputError
-from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, provenance, walk
+from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, peak_memory, provenance, walk
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,13 @@ def test_the_step_that_notebook_04_shows_is_todays():
     text = "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
     for shown in (Decoder.step, longest_right_path):
         assert inspect.getsource(shown).strip() in text, "run 'make notebooks': notebook 04 shows older code"
+
+
+def test_the_memory_of_children_is_sampled():
+    code = "x = bytearray(200_000_000); import time; time.sleep(1)"
+    with peak_memory(every=0.05) as peak:
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert 200_000_000 < peak["bytes"] < 2_000_000_000
 
 
 def test_misspelled_parameter_is_refused():

@@ -52,7 +52,7 @@ class NotebookPage:
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
-    def finish(self, minutes: float = 15, meanwhile=lambda: None) -> None:
+    def finish(self, minutes: float = 15) -> None:
         """Wait until every code cell has run; no cell may have failed or written to stderr."""
         deadline = time.monotonic() + 60 * minutes
         while time.monotonic() < deadline:
@@ -60,7 +60,6 @@ class NotebookPage:
             assert not self.errors(), self.errors()
             if prompts and all(p.strip("[]:").isdigit() for p in prompts):
                 break
-            meanwhile()
             self.page.wait_for_timeout(200)
         else:
             raise AssertionError(f"{self.name} has not ended after {minutes} minutes: {prompts}")
