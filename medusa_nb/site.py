@@ -13,6 +13,7 @@ from medusa_nb.run import notebooks
 
 OUTSIDE = re.compile(r"<(?:script|link|img)\b[^>]*\b(?:src|href)\s*=\s*[\"']?(?:https?:)?//[^>]*>(?:\s*</script>)?")
 UNDESCRIBED = 'alt="No description has been provided for this image"'
+WIDGET = "application/vnd.jupyter.widget-view+json"
 OTHERS = {"SUMMARY": "The walk on one page", "GLOSSARY": "Glossary", "TEACHING": "Teaching"}
 FIGURES = ("map.png", "walk.png")
 NARROW = (  # what is wider than a narrow window scrolls in its own box
@@ -30,13 +31,22 @@ STYLE = (
 
 def page(notebook_file: Path) -> str:
     """One notebook as HTML. Links to other pages become links to their HTML."""
-    notebook = nbformat.read(notebook_file, 4)
+    notebook = without_widgets(nbformat.read(notebook_file, 4))
     exporter = HTMLExporter(template_name="lab", embed_images=True)
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": notebook_file.stem}})
     for alt in descriptions(notebook):
         text = text.replace(UNDESCRIBED, f'alt="{html.escape(alt)}"', 1)
     return relinked(OUTSIDE.sub("", text).replace("</head>", f"<style>{NARROW}</style></head>", 1))
+
+
+def without_widgets(notebook):
+    """Leave out what only a running kernel can show: its stand-in in HTML would be fetched from outside."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return notebook
 
 
 def descriptions(notebook) -> list[str]:

@@ -209,7 +209,7 @@ def train_heads(
             callbacks=[NoLastCheckpoint(), *(callbacks or [])],
         )
         trainer.remove_callback(PrinterCallback)
-        if DEFAULT_PROGRESS_CALLBACK is not ProgressCallback:  # in a notebook
+        if DEFAULT_PROGRESS_CALLBACK is not ProgressCallback and not is_headless():  # someone watches a notebook
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             trainer.add_callback(Bar)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)

@@ -13,6 +13,7 @@ import pytest
 from medusa_nb.decoding import Decoder, longest_right_path
 from medusa_nb.errors import InputError
 from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, peak_memory, provenance, walk
+from medusa_nb.site import WIDGET
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def test_outputs_are_clean(executed, benchmark, exported, own_model):
         assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
         outputs = [o for c in cells for o in c.outputs]
         assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"], path.name
+        assert not [o for o in outputs if WIDGET in o.get("data", {})], f"{path.name}: nothing is live in a headless run"
         assert path.stat().st_size <= 300_000
 
 
@@ -99,6 +101,7 @@ def test_shape_of_a_notebook(notebook):
     check_parameters(notebook, {"run": "smoke"})
     outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
     assert outputs and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if WIDGET in o.get("data", {})]
     code = [c.source for c in cells if c.cell_type == "code"]
     assert max(len(source.splitlines()) for source in code) <= 30
     assert "checks." in "\n".join(code)

@@ -2,10 +2,11 @@
 
 import re
 
+import nbformat
 import pytest
 
 from medusa_nb.run import notebooks
-from medusa_nb.site import OUTSIDE, build_site
+from medusa_nb.site import OUTSIDE, WIDGET, build_site, page
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,13 @@ def test_figures_are_described_and_lessons_are_not_raw_markdown(pages):
     for name, text in pages.items():
         assert "No description has been provided" not in text and "a figure without a description" not in text, name
     assert "<em>this</em>" in pages["index.html"] and "`" not in pages["index.html"]
+
+
+def test_a_live_widget_leaves_nothing_to_fetch(tmp_path):
+    live = nbformat.v4.new_output("display_data", {WIDGET: {"model_id": "bar"}, "text/plain": "0%|    | 0/9"})
+    cell = nbformat.v4.new_code_cell("train()", outputs=[live, nbformat.v4.new_output("stream", text="trained")])
+    state = {"bar": {"model_name": "HBoxModel", "model_module": "@jupyter-widgets/controls", "state": {}}}
+    widgets = {"application/vnd.jupyter.widget-state+json": {"version_major": 2, "version_minor": 0, "state": state}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": widgets}), tmp_path / "bar.ipynb")
+    text = page(tmp_path / "bar.ipynb")
+    assert "trained" in text and "html-manager" not in text and "0/9" not in text
