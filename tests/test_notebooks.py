@@ -91,7 +91,7 @@ def test_outputs_are_clean(executed, benchmark, exported, own_model):
         assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
         outputs = [o for c in cells for o in c.outputs]
         assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"], path.name
-        assert not [o for o in outputs if WIDGET in o.get("data", {})], f"{path.name}: nothing is live in a headless run"
+        assert not [o for o in outputs if WIDGET in o.get("data", {})], f"{path.name}: a live widget"
         assert path.stat().st_size <= 300_000
 
 
