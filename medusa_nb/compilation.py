@@ -11,6 +11,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GROUPED = "medusa_grouped_sdpa"
+ON_A_CPU = {  # options of Inductor
+    "freezing": True,  # weights are constants
+    "cpp.enable_concat_linear": True,  # layers that read the same states (q, k, v; gate, up) are one matrix
+    "cpp_wrapper": True,  # kernels are called from C++: a small model's step is some hundred calls
+}
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -82,7 +87,7 @@ def compile_step(decoder):
 
     started = time.perf_counter()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), inductor.patch(freezing=cpu):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), inductor.patch(ON_A_CPU if cpu else {}):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
             for _ in range(3):
