@@ -8,6 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
@@ -41,7 +42,7 @@ class Candidates(NamedTuple):
     copied: torch.Tensor | None = None
 
 
-class DraftVocabulary:
+class DraftVocabulary(nn.Module):
     """The token ids that may be guessed, and their rows of lm_head: fewer logits to compute at every step.
 
     Rare tokens are then never guessed, which costs little: the base model still says them itself
@@ -51,9 +52,11 @@ class DraftVocabulary:
     def __init__(self, heads: MedusaHeads, ids: torch.Tensor):
         if heads.projection is not None:
             raise InputError("these heads have their own projections; a draft vocabulary is for the shared lm_head")
+        super().__init__()
         lm_head = heads.shared[0].weight
-        self.ids = ids.to(lm_head.device)
-        self.projection = lm_head.detach()[self.ids].clone()
+        # buffers of a module: a compiled step then holds them as constants, laid out for its number of rows
+        self.register_buffer("ids", ids.to(lm_head.device))
+        self.register_buffer("projection", lm_head.detach()[self.ids].clone())
 
 
 def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:

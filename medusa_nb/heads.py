@@ -124,10 +124,12 @@ class MedusaHeads(nn.Module):
 
     def blocks(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
         """The residual blocks of the first ``count`` heads: ``[R, D] -> [count, R, D]``."""
-        x = hidden.unsqueeze(0).expand(count, -1, -1)
-        for layer in range(self.num_layers):
-            weight, bias = self.weight[:count, layer], self.bias[:count, layer]
-            x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
+        weight, bias = self.weight[:count], self.bias[:count]
+        # all heads read the same state, so their first layers are one matrix
+        first = F.linear(hidden, weight[:, 0].flatten(0, 1), bias[:, 0].flatten())
+        x = hidden + F.silu(first.unflatten(1, (count, -1)).transpose(0, 1))
+        for layer in range(1, self.num_layers):
+            x = x + F.silu(torch.baddbmm(bias[:, layer].unsqueeze(1), x, weight[:, layer].transpose(1, 2)))
         return x
 
     def see(self, k: int, x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
