@@ -239,7 +239,7 @@ def command_measure(options) -> None:
             dict(
                 machine=machine(model),
                 tree=medusa.draft.size,
-                compiled=medusa.fixed_span is not None,
+                compiled=medusa.compiled,
                 same=identity(model, timings["Medusa"], timings["our loop, no guesses"]),
             ),
             indent=2,

@@ -78,6 +78,7 @@ def prepare(
         LOOP: Decoder(model, capacity=capacity),
         **{name: Decoder(model, capacity=capacity, draft=draft) for name, draft in drafts.items()},
         MEDUSA: best,
+        "Medusa, eager": Decoder(model, capacity=capacity, draft=best.draft),
     }
     blind = {
         n: Decoder(model, capacity=capacity, draft=BlindDraft(n, lm_head.shape[0], device))

@@ -1,8 +1,9 @@
 """Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
 
+import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType, MethodType
 
 import torch
@@ -66,12 +67,60 @@ def grouped(model):
         config._attn_implementation = stated
 
 
+@torch.no_grad()
+def onednn_is_faster(weight: torch.Tensor, rows: int) -> bool:
+    """Whether oneDNN multiplies ``rows`` float32 rows by ``weight`` ``[V, D]`` faster than MKL does, here.
+
+    MKL, which Inductor takes for float32, is quick on Intel's processors; on others it can take three times as long.
+    """
+    if weight.dtype != torch.float32 or not (
+        torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    ):
+        return False
+    weight = weight.detach()[:2048].contiguous()
+    x = torch.ones(rows, weight.shape[1])
+    for_mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    ways = {
+        "mkl": lambda: torch.ops.mkl._mkl_linear(x, for_mkl, weight, None, rows),
+        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, for_onednn, None, "none", [], ""),
+    }
+    seconds = {name: [] for name in ways}
+    for _ in range(9):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return statistics.median(seconds["onednn"]) < statistics.median(seconds["mkl"])
+
+
+class _AsOnArm:
+    """oneDNN's operators as Inductor sees them, with the answer it gets on Arm processors: use them for float32."""
+
+    def __getattr__(self, name: str):
+        return (lambda: True) if name == "_is_mkldnn_acl_supported" else getattr(torch.ops.mkldnn, name)
+
+
+@contextmanager
+def packed_for_onednn():
+    """Let Inductor hand float32 matrices to oneDNN, too; by itself it prefers MKL wherever that is built in."""
+    from torch._inductor.fx_passes import mkldnn_fusion
+
+    operators = mkldnn_fusion.mkldnn
+    mkldnn_fusion.mkldnn = _AsOnArm()
+    try:
+        yield
+    finally:
+        mkldnn_fusion.mkldnn = operators
+
+
 def compile_step(decoder):
     """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
 
     Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
-    CPU every linear layer is laid out for exactly this number of rows. The step is one graph, or two with an
-    :class:`Outside` between them. Where no compiler works the eager step is returned, None, and why.
+    CPU every linear layer is laid out for exactly this number of rows; only ``span``, how far attention looks back,
+    may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. Where
+    no compiler works the eager step is returned, None, and why.
     """
     from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
 
@@ -85,18 +134,27 @@ def compile_step(decoder):
         with grouped(decoder.model):
             return run(state, span)
 
+    lm_head = decoder.model.get_output_embeddings().weight
     started = time.perf_counter()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), inductor.patch(ON_A_CPU if cpu else {}):
+        onednn = cpu and onednn_is_faster(lm_head, decoder.slots * decoder.draft.size)
+        with (
+            packed_for_onednn() if onednn else nullcontext(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            inductor.patch(ON_A_CPU if cpu else {}),
+            torch.compiler.config.patch(dynamic_sources="L['span']" if cpu else ""),
+        ):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
+            span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity
             for _ in range(3):
-                state, _ = step(state, decoder.capacity)
+                state, _ = step(state, span)
     except Exception as error:  # whatever the compiler trips over, decoding goes on without it
         return decoder.step, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
     def step_at_once(state, span):
-        # one code object, one model, one shape: what was compiled always fits, so nothing needs to be looked up
+        # one code object, one model, one shape but for the span: what was compiled always fits, nothing is looked up
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return step(state, span)
 

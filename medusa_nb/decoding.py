@@ -18,6 +18,7 @@ from medusa_nb.tree import ROOT_ONLY, Tree
 from medusa_nb.verification import Accept, Choose, Verifier, best, same
 
 NGRAM = -1  # in place of a head's number: copied from the text
+COLUMNS = 32  # attention reads a multiple of so many: kernels like that better than odd numbers
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Decoder:
         self.model, self.slots, self.capacity = model, slots, capacity
         self.verifier = Verifier(model, slots, capacity, choose, accept)
         self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
-        self.run, self.fixed_span, self.compile_seconds, self.why_eager = self.step, None, None, ""
+        self.run, self.compile_seconds, self.why_eager = self.step, None, ""
 
     def step(self, state: State, span: int) -> tuple[State, torch.Tensor]:
         """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
@@ -128,8 +129,17 @@ class Decoder:
         Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
         self.run, self.compile_seconds, self.why_eager = compile_step(self)
-        self.fixed_span = None if self.compile_seconds is None else self.capacity
         return self.compile_seconds
+
+    @property
+    def compiled(self) -> bool:
+        return self.compile_seconds is not None
+
+    def span(self, longest: int) -> int:
+        """Columns that attention reads when the longest text has ``longest`` tokens; CUDA graphs always read all."""
+        if self.compiled and self.verifier.device.type != "cpu":
+            return self.capacity
+        return min(self.capacity, -(-(longest + self.draft.size) // COLUMNS) * COLUMNS)
 
     @torch.no_grad()
     def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> Iterator[list[Step | None]]:
@@ -140,7 +150,7 @@ class Decoder:
         if not 0 < len(prompts) <= self.slots:
             raise InputError(f"there are {len(prompts)} prompts, the decoder has {self.slots} slot(s)")
         budgets = [check_request(self, prompt, max_new_tokens) for prompt in prompts]
-        texts, spare = len(prompts), self.slots - len(prompts) if self.fixed_span else 0
+        texts, spare = len(prompts), self.slots - len(prompts) if self.compiled else 0
         prompts = prompts + prompts[:1] * spare  # a compiled step is for all slots: the others decode into the void
         self.going = [True] * texts + [False] * spare
         state = self.start(prompts)
@@ -150,7 +160,7 @@ class Decoder:
             if not all(going):  # a text that has ended stays in its slot and is decoded into the void
                 state = state._replace(lengths=state.lengths * torch.tensor(going, device=state.lengths.device))
             longest = max(length for length, on in zip(read, going, strict=True) if on)
-            state, record = self.run(state, self.fixed_span or longest + self.draft.size)
+            state, record = self.run(state, self.span(longest))
             steps = [self.read(row) if on else None for row, on in zip(record.tolist(), going, strict=True)]
             for i, step in enumerate(steps):
                 if step:

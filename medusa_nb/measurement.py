@@ -83,7 +83,7 @@ def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> di
             for run in range(10):
                 synchronize()
                 started = time.perf_counter()
-                _, record = decoder.run(states[n], decoder.fixed_span or past + decoder.draft.size)
+                _, record = decoder.run(states[n], decoder.span(past))
                 record.tolist()
                 if run >= 3:
                     seconds[n].append(time.perf_counter() - started)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import random_model, random_tree
+from torch._dynamo.utils import counters
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,6 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from medusa_nb import compilation
 from medusa_nb.decoding import (
     NGRAM,
     Decoder,
@@ -254,17 +256,33 @@ def test_a_decoder_serves_many_prompts(small_model):
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[4]], ids=lambda config: config.model_type)
-def test_the_compiled_step_gives_the_same_text(config):
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mkl"])
+def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch):
+    monkeypatch.setattr(compilation, "onednn_is_faster", lambda weight, rows: onednn)
     model = random_model(config, seed=5)
     heads, tree = random_heads(model, 3, seed=5), random_tree(3, 9, seed=5)
     decoder = Decoder(model, heads, tree, capacity=96 + 9)
     seconds = decoder.compile()
     assert (seconds is None) == bool(decoder.why_eager)
+    graphs = counters["stats"]["unique_graphs"]
     for length in (2, 25, 60):
         ids = prompt(length, seed=length)
         result = decoder.generate([ids[0]], 30, eos_token_id=[3])[0]
         assert result.new_tokens == greedy_generate(model, ids, 30, eos_token_id=[3]).new_tokens
+    assert counters["stats"]["unique_graphs"] == graphs  # attention reads more and more, compiled once
     assert model.config._attn_implementation != "medusa_grouped_sdpa"
+
+
+def test_the_faster_library_is_asked_for_float32_only():
+    weight = torch.randn(70, 16)
+    assert compilation.onednn_is_faster(weight, 4) in (True, False)
+    assert not compilation.onednn_is_faster(weight.bfloat16(), 4)
+
+
+@pytest.mark.parametrize(("longest", "columns"), [(1, 32), (23, 32), (24, 64), (96, 105)])
+def test_attention_reads_a_multiple_of_columns_within_the_capacity(small_model, longest, columns):
+    decoder = Decoder(small_model, random_heads(small_model, 3), random_tree(3, 9), capacity=96 + 9)
+    assert decoder.draft.size == 9 and decoder.span(longest) == columns
 
 
 def test_a_compiled_decoder_takes_fewer_prompts_than_it_has_slots(small_model):
