@@ -100,7 +100,8 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
 
     A row has tokens per pass, milliseconds per pass and their parts, tokens a second, the ratios to both
     baselines, the share of the achievable, and identity of the text; ``without_loops`` holds the same
-    counts over the answers that do not loop.
+    counts over the answers that do not loop. A decoder that guesses but is not compiled, as the blind ones are, has
+    no parts: there is nothing to take its step apart with.
     """
     timings = compare(contestants.calls, prompts, repeats)
     keep = without_loops(timings[LOOP])
@@ -113,8 +114,9 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
             identical=identity(model, timing, timings[LOOP]),
             without_loops=figures(timing, timings, keep),
         )
-        if name in contestants.decoders:
-            size = contestants.decoders[name].draft.size
+        decoder = contestants.decoders.get(name)
+        if decoder and (decoder.draft.size == 1 or decoder.compiled == contestants.decoders[LOOP].compiled):
+            size = decoder.draft.size
             check = steps[size] if size > 1 else steps[name]
             rows[name] |= parts(timing, steps[name], check) | dict(tree=size)
             for row in (rows[name], rows[name]["without_loops"]) if size > 1 else ():  # a gain needs guesses

@@ -205,13 +205,14 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
         [values[n] for n in names],
         color=[HEAD_COLORS[0] if n in ours else BASELINE for n in names],
     )
-    plt.bar_label(bars, fmt=" %.2f")
+    written = {name: f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for name, value in values.items()}
+    plt.bar_label(bars, [f" {written[name]}" for name in names])
     if baseline is not None:
         plt.axvline(baseline, color=BASE_COLOR, lw=1)
     plt.xlim(0, max(values.values()) * 1.15)
     plt.xlabel(unit)
     plt.grid(axis="y", visible=False)
-    show(f"Bars, {unit}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    show(f"Bars, {unit}: " + ", ".join(f"{name} {value}" for name, value in written.items()))
 
 
 def plot_parts(rows: dict[str, dict]) -> None:

@@ -52,7 +52,7 @@ def test_benchmark_reports_every_contestant(benchmark):
     for report in reports.values():
         rows = report["rows"]
         assert {"model.generate", "our loop, eager", "our loop, compiled", "prompt lookup"} < rows.keys()
-        assert len(rows) == 9
+        assert len(rows) == 10
         for row in rows.values():
             assert row["identical"]["identical"] == row["identical"]["prompts"] == report["prompts"]
         assert rows["our loop, compiled"]["vs_loop"] == rows["model.generate"]["vs_generate"] == 1
