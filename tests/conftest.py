@@ -65,3 +65,12 @@ def tiny_model(tokenizer):
 def small_model():
     """A random Llama of 50 tokens. Shared: tests must not change it."""
     return small_llama()
+
+
+@pytest.fixture(scope="session")
+def compiler_works():
+    """Skip what needs a compiler where even a sum cannot be compiled."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"no working compiler: {error}")

@@ -1,9 +1,14 @@
 """Decoding with heads gives the text of plain decoding, whatever the heads guess."""
 
+import time
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import random_model, random_tree
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -257,13 +262,12 @@ def test_a_decoder_serves_many_prompts(small_model):
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[4]], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mkl"])
-def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch):
+def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch, compiler_works):
     monkeypatch.setattr(compilation, "onednn_is_faster", lambda weight, rows: onednn)
     model = random_model(config, seed=5)
     heads, tree = random_heads(model, 3, seed=5), random_tree(3, 9, seed=5)
     decoder = Decoder(model, heads, tree, capacity=96 + 9)
-    seconds = decoder.compile()
-    assert (seconds is None) == bool(decoder.why_eager)
+    assert decoder.compile() and decoder.compiled, decoder.why_eager
     graphs = counters["stats"]["unique_graphs"]
     for length in (2, 25, 60):
         ids = prompt(length, seed=length)
@@ -273,16 +277,34 @@ def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch):
     assert model.config._attn_implementation != "medusa_grouped_sdpa"
 
 
-def test_the_faster_library_is_asked_for_float32_only():
-    weight = torch.randn(70, 16)
-    assert compilation.onednn_is_faster(weight, 4) in (True, False)
-    assert not compilation.onednn_is_faster(weight.bfloat16(), 4)
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
+@pytest.mark.parametrize(
+    ("library", "operator", "expected"),
+    [("mkl", "_mkl_linear", True), ("mkldnn", "_linear_pointwise", False)],
+)
+def test_the_faster_library_is_chosen(library, operator, expected, monkeypatch):
+    monkeypatch.setattr(getattr(torch.ops, library), operator, lambda *arguments: time.sleep(0.01))
+    assert compilation.onednn_is_faster(torch.randn(70, 16), 4) is expected
+    assert not compilation.onednn_is_faster(torch.randn(70, 16).bfloat16(), 4)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mkl"])
+def test_inductor_hands_float32_to_the_library_of_choice(onednn, compiler_works):
+    layer, x = torch.nn.Linear(64, 64).eval(), torch.randn(8, 64)
+    options = inductor.patch(compilation.ON_A_CPU | {"cpp_wrapper": False})
+    with torch.no_grad(), options, compilation.packed_for_onednn() if onednn else nullcontext():
+        said, (code, *_) = run_and_get_code(torch.compile(layer, dynamic=False), x)
+    assert ("mkldnn._linear_pointwise" in code, "mkl._mkl_linear" in code) == (onednn, not onednn)
+    torch.testing.assert_close(said, layer(x))
 
 
 @pytest.mark.parametrize(("longest", "columns"), [(1, 32), (23, 32), (24, 64), (96, 105)])
 def test_attention_reads_a_multiple_of_columns_within_the_capacity(small_model, longest, columns):
     decoder = Decoder(small_model, random_heads(small_model, 3), random_tree(3, 9), capacity=96 + 9)
     assert decoder.draft.size == 9 and decoder.span(longest) == columns
+    decoder.compile_seconds, decoder.verifier.device = 1.0, torch.device("cuda")
+    assert decoder.span(longest) == decoder.capacity  # a CUDA graph has one shape
 
 
 def test_a_compiled_decoder_takes_fewer_prompts_than_it_has_slots(small_model):

@@ -289,3 +289,12 @@ def test_the_browser_leaves_the_first_answers(shown):
     assert len(shown) == 2 and "5 tokens" in shown[0].data and "ended by length" in shown[1].data
     answers.browse([], shown=2)
     assert len(shown) == 2
+
+
+def test_bars_write_large_numbers_without_decimals(monkeypatch):
+    described = []
+    monkeypatch.setattr(display, "show", described.append)
+    display.plot_bars({"one by one": 2.5, "in batches": 2925.4}, "tokens per second")
+    labels = [text.get_text().strip() for text in display.plt.gca().texts]
+    display.plt.close()
+    assert labels == ["2,925", "2.50"] and described == ["Bars, tokens per second: one by one 2.50, in batches 2,925"]

@@ -53,6 +53,9 @@ def test_benchmark_reports_every_contestant(benchmark):
         rows = report["rows"]
         assert {"model.generate", "our loop, eager", "our loop, compiled", "prompt lookup"} < rows.keys()
         assert len(rows) == 10
+        # only what is compiled, as the blind decoders are, can be taken apart
+        assert ("ms_draft" in rows["Medusa, eager"]) == (report["compile_seconds"] == 0)
+        assert "ms_draft" in rows["+ n-grams in the tree (Medusa)"]
         for row in rows.values():
             assert row["identical"]["identical"] == row["identical"]["prompts"] == report["prompts"]
         assert rows["our loop, compiled"]["vs_loop"] == rows["model.generate"]["vs_generate"] == 1
