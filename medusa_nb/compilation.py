@@ -11,6 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from medusa_nb.verification import read_prompts
+
 GROUPED = "medusa_grouped_sdpa"
 ON_A_CPU = {  # options of Inductor
     "freezing": True,  # weights are constants
@@ -114,6 +116,25 @@ def packed_for_onednn():
         mkldnn_fusion.mkldnn = operators
 
 
+@contextmanager
+def compiling(weight: torch.Tensor, rows: int, dynamic: str):
+    """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
+
+    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape.
+    """
+    from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
+
+    cpu = weight.device.type == "cpu"
+    with (
+        packed_for_onednn() if cpu and onednn_is_faster(weight, rows) else nullcontext(),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        inductor.patch(ON_A_CPU if cpu else {}),
+        torch.compiler.config.patch(dynamic_sources=dynamic if cpu else ""),
+    ):
+        yield
+
+
 def compile_step(decoder):
     """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
 
@@ -122,8 +143,6 @@ def compile_step(decoder):
     may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. Where
     no compiler works the eager step is returned, None, and why.
     """
-    from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
-
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
     run = torch.compile(
@@ -137,19 +156,14 @@ def compile_step(decoder):
     lm_head = decoder.model.get_output_embeddings().weight
     started = time.perf_counter()
     try:
-        onednn = cpu and onednn_is_faster(lm_head, decoder.slots * decoder.draft.size)
-        with (
-            packed_for_onednn() if onednn else nullcontext(),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            inductor.patch(ON_A_CPU if cpu else {}),
-            torch.compiler.config.patch(dynamic_sources="L['span']" if cpu else ""),
-        ):
+        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']"):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
             span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity
             for _ in range(3):
                 state, _ = step(state, span)
+            if cpu:
+                decoder.verifier.read = CompiledReader.of(decoder.model)
     except Exception as error:  # whatever the compiler trips over, decoding goes on without it
         return decoder.step, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
 
@@ -171,3 +185,41 @@ def with_own_code(method: MethodType) -> MethodType:
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return MethodType(copy, method.__self__)
+
+
+class CompiledReader:
+    """:func:`read_prompts` of a model on a CPU as one compiled graph, for one prompt of any length.
+
+    It writes into no decoder's buffer, so all decoders of a model share it: it is kept on the model, a copy of
+    which starts without one.
+    """
+
+    def __init__(self, model):
+        self.model, self.weights = model, weights_state(model)
+        self.run = torch.compile(with_own_code(self.read), fullgraph=True, dynamic=False)
+        with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1"):
+            for length in (64, 48):
+                self.run(torch.zeros(1, length, dtype=torch.long), torch.tensor([length - 1]))
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __call__(self, ids: torch.Tensor, last: torch.Tensor):
+        with torch.compiler.set_stance("eager_on_recompile"):  # several prompts, or one of a single token
+            return self.run(ids, last)
+
+    def read(self, ids: torch.Tensor, last: torch.Tensor):
+        return read_prompts(self.model, ids, last)
+
+    @classmethod
+    def of(cls, model) -> "CompiledReader":
+        """The reader of this model. Weights are constants of compiled code: if they changed, it is made anew."""
+        known = model.__dict__.get("_medusa_reader")
+        if known is None or known.weights != weights_state(model):
+            known = model.__dict__["_medusa_reader"] = cls(model)
+        return known
+
+
+def weights_state(model) -> list[tuple[int, int]]:
+    """Where each weight lies and how often it was written to: another one if the weights change."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]

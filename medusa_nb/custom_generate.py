@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from medusa_nb.base_model import context_length
-from medusa_nb.compilation import Outside
+from medusa_nb.compilation import Outside, weights_state
 from medusa_nb.decoding import Decoder, eos_ids
 from medusa_nb.drafting import DynamicDraft, TreeDraft, growing_draft
 from medusa_nb.errors import InputError
@@ -191,11 +191,6 @@ class Shelf:
         if choose is not best:
             decoder.verifier.choose.choose = choose
         return decoder
-
-
-def weights_state(model) -> list[tuple[int, int]]:
-    """Where each weight lies and how often it was written to: another one if the weights change."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def largest_room(model, draft: TreeDraft | DynamicDraft) -> int | None:

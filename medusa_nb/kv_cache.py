@@ -18,7 +18,7 @@ class Place:
     """Where the next keys and values go, and what attention reads; the same for all layers.
 
     ``rows`` ``[B * T]`` are row numbers of the flattened buffer; ``span`` is how many rows of each of the
-    first ``texts`` slots are read, 0 while prompts are read, which see themselves only.
+    first ``texts`` slots are read.
     """
 
     slots: int
@@ -48,13 +48,15 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write ``[B, heads, T, head_dim]`` at the current place; return what attention reads."""
+        self.write(self.place.rows, key_states, value_states)
+        return self._read(self.keys), self._read(self.values)
+
+    def write(self, rows: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write ``[B, heads, T, head_dim]`` into ``rows`` ``[B * T]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(0, self.place.rows, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.index_copy_(0, self.place.rows, value_states.transpose(1, 2).flatten(0, 1))
-        if self.place.span == 0:
-            return key_states, value_states
-        return self._read(self.keys), self._read(self.values)
+        self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
 
     def _read(self, buffer: torch.Tensor) -> torch.Tensor:
         slots = buffer.unflatten(0, (self.place.slots, self.place.capacity))
@@ -90,6 +92,15 @@ class SlotCache(Cache):
     def rows(self, slots: torch.Tensor, starts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """``[B, T]`` numbers in the flattened buffer: ``starts`` ``[B]`` plus ``offsets`` ``[T]`` or ``[B, T]``."""
         return (slots * self.place.capacity + starts).unsqueeze(1) + offsets
+
+    def fill(self, slots: torch.Tensor, read: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Start texts in ``slots`` ``[B]`` with each layer's keys and values of their prompts."""
+        count = read[0][0].shape[2]
+        rows = self.rows(slots, torch.zeros_like(slots), torch.arange(count, device=slots.device)).flatten()
+        while len(self.layers) < len(read):
+            self.layers.append(self.layer_class_to_replicate())
+        for layer, (key_states, value_states) in zip(self.layers, read, strict=True):
+            layer.write(rows, key_states, value_states)
 
     def keep(self, slots: torch.Tensor, starts: torch.Tensor, path: torch.Tensor) -> None:
         """Of the rows written from ``starts`` on, move those of ``path`` ``[B, P]`` together, in its order."""

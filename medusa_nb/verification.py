@@ -5,8 +5,10 @@ ancestors, and its position is that of the root plus its depth.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from transformers import DynamicCache
 
 from medusa_nb.base_model import context_length
 from medusa_nb.drafting import Candidates, State
@@ -26,15 +28,29 @@ def best(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
+def read_prompts(model, ids: torch.Tensor, last: torch.Tensor):
+    """One pass over prompts ``[B, T]``, padded on the right, where causal attention of real tokens never looks.
+
+    Returns:
+        States ``[B, D]`` and logits ``[B, V]`` at each one's ``last`` ``[B]`` token, and per layer the keys and
+        values ``[B, heads, T, head_dim]``.
+    """
+    cache = DynamicCache()
+    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = hidden[torch.arange(len(ids), device=ids.device), last]
+    return hidden, model.get_output_embeddings()(hidden), [(layer.keys, layer.values) for layer in cache.layers]
+
+
 class Verifier:
     """A model with a buffer for ``slots`` texts of at most ``capacity`` tokens, candidates included.
 
     ``choose`` says what the base model says: logits ``[..., V]`` -> token ids ``[...]``; ``accept`` which guesses
-    are right.
+    are right; ``read`` reads prompts as :func:`read_prompts` does.
     """
 
     def __init__(self, model, slots: int, capacity: int, choose: Choose = best, accept: Accept = same):
         self.backbone, self.lm_head = model.base_model, model.get_output_embeddings()
+        self.read = partial(read_prompts, model)
         self.choose, self.accept = choose, accept
         self.device, self.dtype = self.lm_head.weight.device, model.dtype
         self.slots, self.capacity = torch.arange(slots, device=self.device), capacity
@@ -50,11 +66,9 @@ class Verifier:
         into = self.slots[: len(prompts)] if slots is None else torch.tensor(slots, device=self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device)
-        self.cache.write_at(into, torch.zeros_like(lengths), ids.shape[1], span=0)
-        # padding stands on the right, where causal attention of the real tokens never looks
-        hidden = self.backbone(input_ids=ids, past_key_values=self.cache, use_cache=True).last_hidden_state
-        hidden = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return State(self.choose(self.lm_head(hidden)), hidden, lengths)
+        hidden, logits, keys_values = self.read(ids, lengths - 1)
+        self.cache.fill(into, keys_values)
+        return State(self.choose(logits), hidden, lengths)
 
     def check(
         self, candidates: Candidates, lengths: torch.Tensor, span: int

@@ -1,11 +1,12 @@
 """Decoding with heads gives the text of plain decoding, whatever the heads guess."""
 
+import copy
 import time
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import random_model, random_tree
+from conftest import random_model, random_tree, small_llama
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from medusa_nb import compilation
+from medusa_nb.compilation import CompiledReader
 from medusa_nb.decoding import (
     NGRAM,
     Decoder,
@@ -41,7 +43,7 @@ from medusa_nb.drafting import Candidates, DynamicDraft, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.tree import ROOT_ONLY, chain, tree_from_paths
-from medusa_nb.verification import same
+from medusa_nb.verification import read_prompts, same
 
 VOCABULARY, CONTEXT = 50, 96
 SIZES = dict(
@@ -275,6 +277,33 @@ def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch, comp
         assert result.new_tokens == greedy_generate(model, ids, 30, eos_token_id=[3]).new_tokens
     assert counters["stats"]["unique_graphs"] == graphs  # attention reads more and more, compiled once
     assert model.config._attn_implementation != "medusa_grouped_sdpa"
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1]], ids=lambda config: config.model_type)
+def test_prompts_of_any_length_are_read_by_one_graph(config, compiler_works):
+    model = random_model(config, seed=6)
+    reader = CompiledReader.of(model)
+    graphs = counters["stats"]["unique_graphs"]
+    for lengths in ((1,), (2,), (37,), (64,), (90,), (5, 30)):
+        ids, last = torch.cat([prompt(max(lengths), seed=n) for n in lengths]), torch.tensor(lengths) - 1
+        with torch.no_grad():
+            torch.testing.assert_close(reader(ids, last), read_prompts(model, ids, last), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == graphs  # a single token and several prompts go without it
+
+
+def test_decoders_of_a_model_share_its_reader_until_its_weights_change(compiler_works):
+    model, ids = small_llama(), prompt(20)
+    first, second = (Decoder(model, capacity=size) for size in (60, 90))
+    assert first.compile() and second.compile()
+    reader = first.verifier.read
+    assert isinstance(reader, CompiledReader) and second.verifier.read is reader
+    assert copy.deepcopy(model).__dict__["_medusa_reader"] is None
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))
+    third = Decoder(model, capacity=60)
+    assert third.compile() and third.verifier.read is not reader
+    result = third.generate([ids[0]], 30, eos_token_id=[])[0]
+    assert result.new_tokens == greedy_generate(model, ids, 30, eos_token_id=[]).new_tokens
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
