@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from medusa_nb.base_model import context_length
 from medusa_nb.verification import read_prompts
 
 GROUPED = "medusa_grouped_sdpa"
@@ -140,8 +141,9 @@ def compile_step(decoder):
 
     Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
     CPU every linear layer is laid out for exactly this number of rows; only ``span``, how far attention looks back,
-    may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. Where
-    no compiler works the eager step is returned, None, and why.
+    may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. On a
+    CPU the decoder also gets the model's :class:`CompiledReader`. Where no compiler works the eager step is returned,
+    None, and why.
     """
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
@@ -162,17 +164,25 @@ def compile_step(decoder):
             span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity
             for _ in range(3):
                 state, _ = step(state, span)
-            if cpu:
-                decoder.verifier.read = CompiledReader.of(decoder.model)
     except Exception as error:  # whatever the compiler trips over, decoding goes on without it
-        return decoder.step, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return decoder.step, None, first_line(error)
+    why_eager = ""
+    if cpu:
+        try:
+            decoder.verifier.read = CompiledReader.of(decoder.model)
+        except Exception as error:
+            why_eager = f"prompts are read eagerly: {first_line(error)}"
 
     def step_at_once(state, span):
         # one code object, one model, one shape but for the span: what was compiled always fits, nothing is looked up
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return step(state, span)
 
-    return step_at_once, time.perf_counter() - started, ""
+    return step_at_once, time.perf_counter() - started, why_eager
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def with_own_code(method: MethodType) -> MethodType:
@@ -198,7 +208,8 @@ class CompiledReader:
         self.model, self.weights = model, weights_state(model)
         self.run = torch.compile(with_own_code(self.read), fullgraph=True, dynamic=False)
         with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1"):
-            for length in (64, 48):
+            longest = min(64, context_length(model) or 64)
+            for length in (longest, longest // 2):
                 self.run(torch.zeros(1, length, dtype=torch.long), torch.tensor([length - 1]))
 
     def __reduce__(self):

@@ -359,6 +359,19 @@ def test_without_a_compiler_decoding_goes_on(small_model, monkeypatch):
     assert result.new_tokens == greedy_generate(small_model, ids, 30, eos_token_id=[]).new_tokens
 
 
+def test_where_only_the_prompt_pass_does_not_compile_it_stays_eager(small_model, monkeypatch, compiler_works):
+    def no_graph(self, model):
+        raise RuntimeError("a graph break")
+
+    monkeypatch.setattr(CompiledReader, "__init__", no_graph)
+    monkeypatch.delitem(small_model.__dict__, "_medusa_reader", raising=False)
+    decoder = Decoder(small_model, capacity=60)
+    assert decoder.compile() and decoder.why_eager == "prompts are read eagerly: RuntimeError: a graph break"
+    ids = prompt(5)
+    result = decoder.generate([ids[0]], 30, eos_token_id=[])[0]
+    assert result.new_tokens == greedy_generate(small_model, ids, 30, eos_token_id=[]).new_tokens
+
+
 class Listener:
     """A streamer that notes what it is given."""
 
