@@ -48,6 +48,7 @@ class MedusaArgs(BaseModel):
     medusa_own_projection: bool = Field(False, description="a projection per head (the format's version 1)")
     medusa_see_path: bool = Field(False, description="heads that see the path; no server loads them")
     medusa_depth_decay: float = Field(0.8, gt=0, description="weight of head k in the loss: this to the power k")
+    medusa_soft_share: float = Field(0.5, ge=0, le=1, description="part of the loss on the base model's chances")
     medusa_answers: str | None = Field(None, description="answers from `distill`; the held-out ones calibrate the tree")
 
 
@@ -108,7 +109,8 @@ class HeadsOverBase:
         self.float32.enter_context(in_float32(self.heads))
         # axolotl saves the model it loaded at the end and on Ctrl-C; what there is to save are the heads
         base.save_pretrained = lambda folder, **options: self.heads.save_pretrained(folder)
-        super().__init__(model=OnlineHeads(base, HeadsWithLoss(self.heads, m.medusa_depth_decay)), args=args, **rest)
+        inner = HeadsWithLoss(self.heads, m.medusa_depth_decay, m.medusa_soft_share)
+        super().__init__(model=OnlineHeads(base, inner), args=args, **rest)
 
 
 class MedusaPlugin(BasePlugin):

@@ -31,6 +31,7 @@ def train_plainly(
     labels = torch.full((len(rows), max_length + count + 1), IGNORED, device=device)
     for line, row in enumerate(rows):
         ids[line, : len(row)] = labels[line, : len(row)] = torch.tensor(row, device=device)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=heads.weight.dtype == torch.bfloat16)
     started = time.perf_counter()
     with in_float32(heads):
         optimizer = torch.optim.AdamW(heads.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -42,7 +43,8 @@ def train_plainly(
                 with torch.no_grad():
                     hidden = model.base_model(input_ids=ids[batch], use_cache=False).last_hidden_state.float()
                 windows = labels[batch].unfold(1, count, 1)  # [B, T, K]: K labels from each place on
-                logits = heads(hidden, path=windows[:, 1 : max_length + 1].clamp(min=0))  # [K, B, T, V]
+                with bf16:
+                    logits = heads(hidden, path=windows[:, 1 : max_length + 1].clamp(min=0))  # [K, B, T, V]
                 losses, _ = head_losses(logits.flatten(1, 2), windows[:, 2 : max_length + 2].flatten(0, 1))
                 decay = depth_decay ** torch.arange(len(losses), device=device)
                 (losses * decay).sum().backward()

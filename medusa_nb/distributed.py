@@ -22,7 +22,7 @@ from medusa_nb.base_model import load_base_model, require_chat_template
 from medusa_nb.calibration import calibrate
 from medusa_nb.distillation import load_answers
 from medusa_nb.errors import InputError
-from medusa_nb.features import cache_features, encode_conversation, head_labels
+from medusa_nb.features import cache_features, encode_conversation, head_labels, likeliest, soft_labels
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.training import HeadsTrainer, HeadsWithLoss, accuracy, in_float32, rank_table
 
@@ -48,6 +48,7 @@ class HeadOptions:
     own_projection: bool = field(default=False, metadata=dict(help="version 1: a projection per head"))
     see_path: bool = field(default=False, metadata=dict(help="heads that see the path; no server loads them"))
     depth_decay: float = field(default=0.8, metadata=dict(help="weight of head k in the loss: this to the power k"))
+    soft_share: float = field(default=0.5, metadata=dict(help="part of the loss on the base model's chances; 0: none"))
     states: str = field(default="auto", metadata=dict(help="cached, online, or auto: cached if the disk allows"))
     load_in: str = field(
         default="bfloat16", metadata=dict(help="base model in float32, bfloat16, float16, 8bit or 4bit")
@@ -158,7 +159,12 @@ class OnlineHeads(nn.Module):
     def forward(self, input_ids, place, labels):
         with torch.no_grad():
             hidden = self.base[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.inner(hidden.flatten(0, 1)[place].to(torch.bfloat16), labels)
+        hidden = hidden.flatten(0, 1)[place]
+        soft = {}
+        if self.inner.soft_share:
+            said = likeliest(self.base[0].get_output_embeddings(), hidden)
+            soft = soft_labels(torch.arange(len(hidden), device=hidden.device), labels.shape[1] - 1, *said)
+        return self.inner(hidden.to(torch.bfloat16), labels, **soft)
 
 
 class JsonLines(TrainerCallback):
@@ -226,7 +232,7 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
             else None
         )
     with in_float32(heads):
-        inner = HeadsWithLoss(heads, options.depth_decay)
+        inner = HeadsWithLoss(heads, options.depth_decay, options.soft_share)
         trainer = HeadsTrainer(
             inner if cached else OnlineHeads(model, inner),
             training,

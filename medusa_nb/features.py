@@ -1,4 +1,4 @@
-"""What the heads are trained on: last hidden states, and the model's own words that follow them.
+"""What the heads are trained on: last hidden states, the model's own words that follow, and what else it thought of.
 
 The base model is frozen, so its hidden states are computed once and kept on disk, memory-mapped.
 """
@@ -19,6 +19,7 @@ from medusa_nb.errors import InputError
 from medusa_nb.progress import progress
 
 IGNORED = -100
+LIKELY = 16  # so many of the base model's likeliest next tokens are kept for each position
 
 
 @dataclass
@@ -83,24 +84,53 @@ def head_labels(ids: list[int], own: list[bool], num_heads: int) -> tuple[list[i
     return positions, labels
 
 
+@torch.no_grad()
+def likeliest(lm_head, hidden: torch.Tensor, rows: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base model's likeliest next tokens at states ``[P, D]``: ids ``[P, M]`` and chances that sum to 1."""
+    ids, chances = [], []
+    for part in hidden.split(rows):  # so many rows of logits at a time
+        top = lm_head(part).float().softmax(-1).topk(min(LIKELY, lm_head.weight.shape[0]), dim=-1)
+        ids.append(top.indices)
+        chances.append(top.values / top.values.sum(-1, keepdim=True))
+    return torch.cat(ids), torch.cat(chances).to(torch.bfloat16)
+
+
+def soft_labels(
+    positions: torch.Tensor, num_heads: int, ids: torch.Tensor, chances: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """For each position, what the base model thought likely where head k's token stands: two tensors ``[B, K, M]``.
+
+    The label of head k at position p is what the base model said k + 1 positions later in the same answer, and from
+    there come these. Where that lies beyond the answer there is no label, and what is returned means nothing.
+    """
+    later = positions.unsqueeze(1) + torch.arange(1, num_heads + 1, device=positions.device)
+    later = later.clamp(max=len(ids) - 1)
+    return dict(likely=ids[later].long(), chances=chances[later])
+
+
 class Features(Dataset):
     """Hidden states ``[P, D]`` and labels ``[P, K + 1]`` of P supervised positions, memory-mapped.
 
-    ``conversation[p]`` is the number of the conversation a position comes from.
+    ``conversation[p]`` is the number of the conversation a position comes from; positions of one stand together, in
+    order. ``likely`` and ``chances`` ``[P, M]`` are what the base model thought of next (:func:`likeliest`).
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.about = json.loads((folder / "features.json").read_text())
-        positions, width = self.about["positions"], self.about["hidden_size"]
-        states = np.memmap(folder / "hidden.bf16", np.int16, "r", shape=(positions, width))
+        positions = self.about["positions"]
+        arrays = _arrays(folder, self.about, "r")
+        if positions * self.about["hidden_size"] < 2**28:
+            arrays = {name: np.array(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         # torch has bf16 and numpy has not: the same two bytes, read as an integer
-        self.hidden = torch.from_numpy(np.array(states) if positions * width < 2**28 else states).view(torch.bfloat16)
+        self.hidden, self.chances = (tensors[name].view(torch.bfloat16) for name in ("hidden", "chances"))
+        self.likely = tensors["likely"]
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         self.conversation = torch.from_numpy(np.load(folder / "conversation.npy"))
 
     def first(self, count: int) -> "Features":
-        """The first ``count`` positions: for comparisons on equally much data."""
+        """The first ``count`` positions, for comparisons on as much data; soft labels may come from behind them."""
         part = copy.copy(self)
         part.about = self.about | dict(positions=count)
         part.hidden, part.labels, part.conversation = (
@@ -115,10 +145,11 @@ class Features(Dataset):
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.as_tensor(rows)
-        return dict(hidden=self.hidden[index], labels=self.labels[index])
+        soft = soft_labels(index, self.labels.shape[1] - 1, self.likely, self.chances)
+        return dict(hidden=self.hidden[index], labels=self.labels[index]) | soft
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return dict(hidden=self.hidden[row], labels=self.labels[row])
+        return {name: values[0] for name, values in self.__getitems__([row]).items()}
 
 
 @torch.inference_mode()
@@ -151,22 +182,27 @@ def cache_features(
     if total == 0:
         raise InputError("no token of these conversations is the model's own; are there assistant turns?")
     folder.mkdir(parents=True, exist_ok=True)
-    require_disk_space(folder, total * width * 2)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    about = dict(key=key, positions=total, hidden_size=width, num_heads=num_heads, likely=min(LIKELY, vocabulary))
+    require_disk_space(folder, total * (width * 2 + about["likely"] * 6))
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     starts = np.cumsum([0, *(len(supervised[i][0]) for i in order)])
     (folder / "features.json").unlink(missing_ok=True)  # what it describes is about to be overwritten
     marker = folder / "progress.json"
     done = _finished_conversations(marker, key)
-    mode = "r+" if done else "w+"
-    states = np.memmap(folder / "hidden.bf16", np.int16, mode, shape=(total, width))
+    arrays = _arrays(folder, about, "r+" if done else "w+")
     bar = progress(len(order), "conversation", "hidden states", initial=done)
     while done < len(order):
         batch = _batch_from(order, done, encoded, batch_tokens)
         hidden = _hidden_states(model, [encoded[i].ids for i in batch])
         rows = torch.cat([hidden[line, supervised[i][0]] for line, i in enumerate(batch)])
-        begin = starts[done]
-        states[begin : begin + len(rows)] = rows.to(torch.bfloat16).cpu().view(torch.int16).numpy()
-        states.flush()
+        likely, chances = likeliest(model.get_output_embeddings(), rows)
+        written = slice(starts[done], starts[done] + len(rows))
+        arrays["hidden"][written] = rows.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        arrays["likely"][written] = likely.cpu().numpy()
+        arrays["chances"][written] = chances.cpu().view(torch.int16).numpy()
+        for array in arrays.values():
+            array.flush()
         done += len(batch)
         marker.write_text(json.dumps(dict(key=key, done=done)))
         bar.update(len(batch))
@@ -175,10 +211,22 @@ def cache_features(
         folder / "labels.npy", np.concatenate([np.array(supervised[i][1], np.int64) for i in order if supervised[i][0]])
     )
     np.save(folder / "conversation.npy", np.concatenate([np.full(len(supervised[i][0]), i) for i in order]))
-    about = dict(key=key, positions=total, hidden_size=width, num_heads=num_heads, conversations=len(order))
-    (folder / "features.json").write_text(json.dumps(about) + "\n")
+    (folder / "features.json").write_text(json.dumps(about | dict(conversations=len(order))) + "\n")
     marker.unlink()
     return Features(folder)
+
+
+def _arrays(folder: Path, about: dict, mode: str) -> dict[str, np.memmap]:
+    """The three large files, memory-mapped."""
+    files = {
+        "hidden": ("hidden.bf16", np.int16, about["hidden_size"]),
+        "likely": ("likely.i32", np.int32, about["likely"]),
+        "chances": ("chances.bf16", np.int16, about["likely"]),
+    }
+    return {
+        name: np.memmap(folder / file, kind, mode, shape=(about["positions"], width))
+        for name, (file, kind, width) in files.items()
+    }
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
@@ -213,7 +261,7 @@ def _batch_from(order: list[int], start: int, encoded: list[Encoded], batch_toke
 def _key(model, tokenizer, conversations: list[dict], num_heads: int, max_length: int) -> str:
     digest = hashlib.sha256(fingerprint(model).encode())
     digest.update(json.dumps([c["messages"] for c in conversations]).encode())
-    digest.update(f"{num_heads} {max_length} {model.dtype} {tokenizer.chat_template}".encode())
+    digest.update(f"{num_heads} {max_length} {LIKELY} {model.dtype} {tokenizer.chat_template}".encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 

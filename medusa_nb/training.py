@@ -1,7 +1,8 @@
 """Training the heads on cached hidden states, with ``transformers.Trainer``.
 
 The loss is cross entropy of each head against the token it should have guessed, weighted by depth
-(Cai et al., arXiv 2401.10774, section 2.2.1). The base model is not part of what is trained.
+(Cai et al., arXiv 2401.10774, section 2.2.1), and in part against what else the base model thought likely there
+(soft labels, Hinton et al., arXiv 1503.02531). The base model is not part of what is trained.
 """
 
 import copy
@@ -12,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -26,7 +26,11 @@ from medusa_nb.progress import is_headless
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The tutorial's options that matter for heads; ``batch_size`` counts positions."""
+    """The tutorial's options that matter for heads; ``batch_size`` counts positions.
+
+    ``soft_share`` is the part of the loss that looks at the base model's chances of several tokens; 0 is plain
+    Medusa: only the token that it said counts.
+    """
 
     epochs: float = 3
     batch_size: int = 128
@@ -34,32 +38,50 @@ class TrainingSettings:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     depth_decay: float = 0.8
+    soft_share: float = 0.5
     logging_steps: int = 20
     save_steps: int = 200
     seed: int = 0
 
 
 class HeadsWithLoss(nn.Module):
-    """Heads as ``Trainer`` wants them: ``forward`` returns a loss; statistics are kept beside it."""
+    """Heads as ``Trainer`` wants them: ``forward`` returns a loss; statistics are kept beside it.
 
-    def __init__(self, heads: MedusaHeads, depth_decay: float):
+    ``soft_share``: see :class:`TrainingSettings`. ``bf16``: multiply in bf16, as a base model of that dtype does;
+    weights and losses stay in fp32.
+    """
+
+    def __init__(self, heads: MedusaHeads, depth_decay: float, soft_share: float = 0.0, bf16: bool = False):
         super().__init__()
-        self.heads, self.depth_decay = heads, depth_decay
+        self.heads, self.depth_decay, self.soft_share, self.bf16 = heads, depth_decay, soft_share, bf16
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token)."""
-        logits = self.heads(hidden.to(self.heads.weight.dtype), path=labels[:, :-1].clamp(min=0))  # [K, B, V]
-        losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1])
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        likely: torch.Tensor | None = None,
+        chances: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token), and for each head
+        what :func:`~medusa_nb.features.soft_labels` found likely, ``[B, K, M]``."""
+        hidden = hidden.to(self.heads.weight.dtype)
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.heads(hidden, path=labels[:, :-1].clamp(min=0))  # [K, B, V]
+        soft = (likely[:, : len(logits)], self.soft_share * chances[:, : len(logits)]) if self.soft_share else None
+        losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1], soft)
         decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
         return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())
 
 
-def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def head_losses(
+    logits: torch.Tensor, labels: torch.Tensor, soft: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross entropy of each head over its supervised positions.
 
     Args:
         logits: ``[K, B, V]``.
         labels: ``[B, K]``, :data:`IGNORED` where there is nothing to guess.
+        soft: ids and weights ``[B, K, M]`` of further tokens to guess; the label has the rest of the weight 1.
 
     Returns:
         Losses ``[K]`` (0 for a head without a label in this batch) and the number of labels ``[K]``.
@@ -73,8 +95,17 @@ def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
         raise InputError(
             "every label of this batch is ignored; the conversations have no answers long enough to guess in"
         )
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape[1], -1).sum(1) / divisor.clamp(min=1 / world_size()), used
+    log_probs = logits.float().log_softmax(-1)
+    gold = labels.clamp(min=0).unsqueeze(-1)  # [B, K, 1]
+    if soft is None:
+        losses = -log_probs.gather(-1, gold.transpose(0, 1))[..., 0]
+    else:
+        ids, weights = soft
+        ids = torch.cat([gold, ids], -1).transpose(0, 1)
+        weights = torch.cat([1 - weights.float().sum(-1, keepdim=True), weights], -1).transpose(0, 1)
+        losses = -(weights * log_probs.gather(-1, ids)).sum(-1)
+    losses = losses.masked_fill(labels.T == IGNORED, 0.0)
+    return losses.sum(1) / divisor.clamp(min=1 / world_size()), used
 
 
 def mean_over_processes(used: torch.Tensor) -> torch.Tensor:
@@ -200,9 +231,10 @@ def train_heads(
         dataloader_pin_memory=False,
         disable_tqdm=is_headless(),
     )
+    dtype = heads.weight.dtype
     with in_float32(heads):
         trainer = HeadsTrainer(
-            HeadsWithLoss(heads, settings.depth_decay),
+            HeadsWithLoss(heads, settings.depth_decay, settings.soft_share, bf16=dtype == torch.bfloat16),
             arguments,
             train_dataset=features,
             data_collator=lambda batch: batch,  # Features already returns batches

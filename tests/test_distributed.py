@@ -101,7 +101,8 @@ def test_interrupted_and_resumed_it_ends_at_the_same_weights(setting, tmp_path, 
 
 
 @torch.no_grad()
-def test_cached_and_online_give_the_same_loss_on_the_same_batch(setting, tmp_path):
+@pytest.mark.parametrize("soft_share", [0.0, 0.5])
+def test_cached_and_online_give_the_same_loss_on_the_same_batch(setting, tmp_path, soft_share):
     from medusa_nb.distillation import load_answers
     from medusa_nb.distributed import Conversations, OnlineHeads
 
@@ -110,10 +111,11 @@ def test_cached_and_online_give_the_same_loss_on_the_same_batch(setting, tmp_pat
     heads = MedusaHeads.for_model(model, 2)
     torch.nn.init.normal_(heads.weight, std=0.1)
     batch = collate([Conversations(tokenizer, rows, 2, 256)[i] for i in range(6)])
-    online = OnlineHeads(model, HeadsWithLoss(heads, 0.8))(**batch)["loss"]
+    inner = HeadsWithLoss(heads, 0.8, soft_share)
+    online = OnlineHeads(model, inner)(**batch)["loss"]
     cached = cache_features(model, tokenizer, rows, tmp_path / "features", 2)
-    loss = HeadsWithLoss(heads, 0.8)(cached.hidden, cached.labels)["loss"]
-    assert online.item() == pytest.approx(loss.item(), rel=1e-5)
+    loss = inner(**cached.__getitems__(list(range(len(cached)))))["loss"]
+    assert online.item() == pytest.approx(loss.item(), rel=1e-5 if not soft_share else 1e-4)  # near-ties among chances
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,33 @@ def test_cached_features_equal_a_computation_one_by_one(tmp_path, tiny_model, to
         states = tiny_model.model(input_ids=torch.tensor([encoded.ids])).last_hidden_state[0, positions]
         assert torch.allclose(features.hidden[rows].float(), states, rtol=0.02, atol=0.02)
         assert features.labels[rows].tolist() == labels
+        top = tiny_model.lm_head(states).softmax(-1).topk(module.LIKELY)
+        assert (features.likely[rows] == top.indices).float().mean() > 0.95  # but for near-ties
+        torch.testing.assert_close(
+            features.chances[rows].float(), top.values / top.values.sum(1, True), rtol=0.02, atol=0
+        )
+
+
+def test_soft_labels_come_from_where_the_label_was_said(tmp_path, tiny_model, tokenizer):
+    features = cache_features(tiny_model, tokenizer, CONVERSATIONS, tmp_path, num_heads=3)
+    everything = features.__getitems__(list(range(len(features))))
+    counted = 0
+    for p, labels in enumerate(features.labels):
+        for k, label in enumerate(labels[1:].tolist()):
+            if label != IGNORED:
+                assert features.labels[p + k + 1, 0] == label  # there the base model was to say it
+                assert torch.equal(everything["likely"][p, k], features.likely[p + k + 1].long())
+                assert torch.equal(everything["chances"][p, k], features.chances[p + k + 1])
+                counted += 1
+    assert counted > len(features)
 
 
 def test_batches_of_rows(tmp_path, tiny_model, tokenizer):
     features = cache_features(tiny_model, tokenizer, CONVERSATIONS, tmp_path, num_heads=3)
     batch = features.__getitems__([2, 0])
     assert torch.equal(batch["hidden"], torch.stack([features[2]["hidden"], features[0]["hidden"]]))
-    assert torch.equal(batch["labels"], torch.stack([features[2]["labels"], features[0]["labels"]]))
+    for name in ("labels", "likely", "chances"):
+        assert torch.equal(batch[name], torch.stack([features[2][name], features[0][name]]))
 
 
 def no_computing(*_):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import small_llama
 from transformers import TrainerCallback
 
+from medusa_nb import training
 from medusa_nb.base_model import fingerprint
 from medusa_nb.errors import InputError
 from medusa_nb.features import IGNORED, Features
@@ -23,7 +24,8 @@ from medusa_nb.training import (
     train_heads,
 )
 
-SETTINGS = TrainingSettings(epochs=4, batch_size=16, learning_rate=0.02, logging_steps=4, save_steps=8)
+# soft_share=0: what comes after one of these positions is not what the position after it says
+SETTINGS = TrainingSettings(epochs=4, batch_size=16, learning_rate=0.02, soft_share=0, logging_steps=4, save_steps=8)
 
 
 def write_features(folder, positions: int = 128, heads: int = 2, width: int = 32, seed: int = 0) -> Features:
@@ -34,10 +36,13 @@ def write_features(folder, positions: int = 128, heads: int = 2, width: int = 32
     labels = torch.randint(50, (8, heads + 1))[kinds]
     labels[::10, -1] = IGNORED
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hidden.bf16").write_bytes(hidden.view(torch.int16).numpy().tobytes())
+    likely, chances = labels[:, :1].int(), torch.ones(positions, 1, dtype=torch.bfloat16)
+    for name, array in {"hidden.bf16": hidden, "chances.bf16": chances}.items():
+        (folder / name).write_bytes(array.view(torch.int16).numpy().tobytes())
+    (folder / "likely.i32").write_bytes(likely.numpy().tobytes())
     np.save(folder / "labels.npy", labels.numpy())
     np.save(folder / "conversation.npy", np.arange(positions))
-    about = dict(positions=positions, hidden_size=width, num_heads=heads, key=str(seed))
+    about = dict(positions=positions, hidden_size=width, num_heads=heads, key=str(seed), likely=1)
     (folder / "features.json").write_text(json.dumps(about))
     return Features(folder)
 
@@ -110,6 +115,31 @@ def test_head_losses_are_means_over_labels():
     assert torch.allclose(losses[0], F.cross_entropy(logits[0], labels[:, 0]))
     assert torch.allclose(losses[1], F.cross_entropy(logits[1, :2], labels[:2, 1]))
     assert losses[2] == 0
+
+
+def test_soft_labels_share_the_loss_with_the_label():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 50), torch.randint(50, (6, 2))
+    labels[4:, 1] = IGNORED
+    ids, chances = torch.randint(50, (6, 2, 3)), torch.rand(6, 2, 3)
+    chances /= chances.sum(-1, keepdim=True)
+    losses, used = head_losses(logits, labels, (ids, 0.3 * chances))
+    for k, rows in ((0, 6), (1, 4)):
+        wanted = torch.zeros(rows, 50).scatter_add(1, ids[:rows, k], 0.3 * chances[:rows, k])
+        wanted += 0.7 * F.one_hot(labels[:rows, k], 50)
+        torch.testing.assert_close(losses[k], F.cross_entropy(logits[k, :rows], wanted))
+    assert used.tolist() == [6, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_half_of_the_loss_is_soft(small_model, count):
+    torch.manual_seed(0)
+    heads, hidden, labels = MedusaHeads.for_model(small_model, count), torch.randn(6, 32), torch.randint(50, (6, 3))
+    soft = dict(likely=torch.randint(50, (6, 2, 1)), chances=torch.ones(6, 2, 1))
+    other = torch.cat([labels[:, :1], soft["likely"][..., 0]], 1)
+    hard, fully = (HeadsWithLoss(heads, 0.5)(hidden, wanted, **soft)["loss"] for wanted in (labels, other))
+    half = HeadsWithLoss(heads, 0.5, soft_share=0.5)(hidden, labels, **soft)["loss"]
+    torch.testing.assert_close(half, (hard + fully) / 2)
 
 
 def test_loss_is_weighted_by_depth(small_model):
@@ -199,6 +229,20 @@ def test_bf16_base_model_stays_bf16(tmp_path, features):
     assert heads.weight.dtype == heads.bias.dtype == model.dtype == torch.bfloat16
     assert heads.shared[0] is lm_head is model.get_output_embeddings()
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_trained_in_fp32_and_multiplied_in_the_base_models_dtype(tmp_path, features, dtype, monkeypatch):
+    seen = set()
+
+    def listen(logits, labels, soft):
+        seen.add((heads.weight.dtype, heads.shared[0].weight.dtype, logits.dtype))
+        return head_losses(logits, labels, soft)
+
+    monkeypatch.setattr(training, "head_losses", listen)
+    heads = MedusaHeads.for_model(small_llama().to(dtype), 2)
+    train_heads(heads, features, tmp_path, SETTINGS)
+    assert seen == {(torch.float32, torch.float32, dtype)} and heads.weight.dtype == dtype
 
 
 def test_dtype_is_put_back_after_an_interruption(tmp_path, features):
