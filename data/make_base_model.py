@@ -9,6 +9,7 @@ safetensors. Killed at any moment and started again it continues from its last c
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from medusa_nb.base_model import has_native_bf16  # noqa: E402
 from medusa_nb.distillation import generate_batch, is_loop, loop_period  # noqa: E402
 from medusa_nb.source_code import Function, read_functions, split_of  # noqa: E402
 
@@ -56,7 +58,7 @@ CONFIG = dict(
     vocab_size=8192,
     hidden_size=384,
     intermediate_size=1024,
-    num_hidden_layers=6,
+    num_hidden_layers=9,
     num_attention_heads=6,
     num_key_value_heads=2,
     max_position_embeddings=1024,
@@ -238,6 +240,34 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [adamw, muon]
 
 
+def is_run(folder: Path | None) -> bool:
+    """Whether this is the folder of a training run, not of a model or nothing."""
+    return folder is not None and (folder / "checkpoint.pt").exists()
+
+
+def starting_model(earlier: Path | None) -> LlamaForCausalLM:
+    """A new model of ``CONFIG``, or a finished one, grown to as many layers.
+
+    New layers are copies that stand behind the layer they copy and, for now, add nothing: what they write into
+    the residual stream is zero. The grown model says exactly what the finished one says, and learns on from there.
+    """
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
+    if earlier is None or is_run(earlier):
+        return model
+    finished = LlamaForCausalLM.from_pretrained(earlier, dtype=torch.float32)
+    parts, layers, count = finished.state_dict(), finished.config.num_hidden_layers, CONFIG["num_hidden_layers"]
+    grown = {name: value for name, value in parts.items() if ".layers." not in name}
+    copied_from = [number * layers // count for number in range(count)]
+    for number, source in enumerate(copied_from):
+        new = number > 0 and copied_from[number - 1] == source
+        for name in (name for name in parts if f".layers.{source}." in name):
+            silent = new and name.endswith(("o_proj.weight", "down_proj.weight"))
+            value = torch.zeros_like(parts[name]) if silent else parts[name]
+            grown[name.replace(f".layers.{source}.", f".layers.{number}.")] = value
+    model.load_state_dict(grown)
+    return model
+
+
 def train(
     rows, likely: list[int], folder: Path, minutes: float, save_every: float, earlier: Path | None = None, peak=1.0
 ) -> tuple[LlamaForCausalLM, dict]:
@@ -249,16 +279,19 @@ def train(
 
     Args:
         likely: numbers of the rows like those that are asked for later; half of a check's prompts.
-        earlier: the folder of a finished run, whose weights, optimizers and place in the data this one goes
-            on from. ``peak`` then scales the learning rates.
+        earlier: where to go on from: the folder of a finished run, with its weights, optimizers and place in the
+            data; or of a finished model, which may have fewer layers (see :func:`starting_model`). ``peak`` then
+            scales the learning rates.
     """
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **TOKEN_IDS))
+    model = starting_model(earlier)
+    model.set_attn_implementation("eager")  # compiled, plain products train faster on a CPU than its flash kernel
     optimizers = make_optimizers(model)
+    bf16 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=has_native_bf16())  # weights stay in fp32
     state = dict(seconds=0.0, step=0, tokens=0, supervised=0, epoch=0, batch=0, loop_shares=[])
     loops: list = []
     checkpoint = folder / "checkpoint.pt"
-    source = checkpoint if checkpoint.exists() or earlier is None else earlier / "checkpoint.pt"
+    source = checkpoint if checkpoint.exists() or not is_run(earlier) else earlier / "checkpoint.pt"
     if source.exists():
         saved = torch.load(source, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -299,13 +332,15 @@ def train(
             order = batches(rows, state["epoch"])
         ids, labels = pad(rows, order[state["batch"]])
         supervised = labels[:, 1:] != -100
-        loss = cross_entropy(hidden_states(ids[:, :-1])[supervised], labels[:, 1:][supervised])
+        with bf16():
+            loss = cross_entropy(hidden_states(ids[:, :-1])[supervised], labels[:, 1:][supervised])
         loss.backward()
         if loops:
             some = random.Random(state["step"]).sample(loops, min(LOOPS_PER_STEP, len(loops)))
             answers, repeats = pad_answers(some)
-            hidden = hidden_states(answers[:, :-1])[repeats[:, 1:]]
-            (LOOP_WEIGHT * unlikelihood(model.lm_head(hidden), answers[:, 1:][repeats[:, 1:]])).backward()
+            with bf16():
+                logits = model.lm_head(hidden_states(answers[:, :-1])[repeats[:, 1:]])
+            (LOOP_WEIGHT * unlikelihood(logits, answers[:, 1:][repeats[:, 1:]])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -343,8 +378,8 @@ def find_loops(model, rows, likely: list[int], seed: int) -> list[tuple[list[int
     numbers = source.sample(likely, min(LOOP_PROMPTS // 2, len(likely)))
     numbers += source.sample(range(len(rows)), LOOP_PROMPTS - len(numbers))
     prompts = [rows[i][0][: rows[i][1]].tolist() for i in numbers]
-    answers = generate_batch(model.eval(), prompts, 256, [4])
-    model.train()
+    dtype = torch.bfloat16 if has_native_bf16() else torch.float32
+    answers = generate_batch(copy.deepcopy(model).to(dtype).eval(), prompts, 256, [4])
     return [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, answers, strict=True) if is_loop(tokens)]
 
 
@@ -425,7 +460,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "base_model", help="corpus and checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "base_model", help="the finished model")
-    parser.add_argument("--go-on-from", type=Path, help="--work of a finished run, to train on from its end")
+    parser.add_argument("--go-on-from", type=Path, help="--work of a finished run, or a finished model")
     parser.add_argument(
         "--mix", type=float, default=1.0, help="when going on: 0 keeps the start's weights, 1 the end's"
     )
@@ -452,7 +487,8 @@ def main() -> None:
     earlier = arguments.go_on_from
     model, state = train(rows, likely, arguments.work, arguments.minutes, arguments.save_every, earlier, arguments.peak)
     if earlier:
-        start = torch.load(earlier / "checkpoint.pt", weights_only=True)["model"]
+        saved = torch.load(earlier / "checkpoint.pt", weights_only=True)["model"] if is_run(earlier) else None
+        start = saved or starting_model(earlier).state_dict()
         model.load_state_dict(between(start, model.state_dict(), arguments.mix))
     export(model, arguments.out)
     model = model.float().eval()

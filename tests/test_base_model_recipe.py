@@ -90,6 +90,20 @@ def test_training_resumes_and_another_run_goes_on(recipe, rows, tmp_path, monkey
     assert longer["step"] > 3 and (longer["epoch"], longer["batch"]) > (state["epoch"], state["batch"])
 
 
+def test_a_finished_model_grows_by_layers_that_change_nothing_yet(recipe, rows, tmp_path, monkeypatch, small):
+    monkeypatch.setattr(recipe, "CONFIG", recipe.CONFIG | dict(num_hidden_layers=2))
+    finished = recipe.starting_model(None)
+    finished.save_pretrained(tmp_path / "finished")
+    monkeypatch.setattr(recipe, "CONFIG", recipe.CONFIG | dict(num_hidden_layers=3))
+    grown = recipe.starting_model(tmp_path / "finished")
+    assert len(grown.model.layers) == 3
+    ids = torch.arange(5, 45).view(2, 20)
+    torch.testing.assert_close(grown(ids).logits, finished(ids).logits)
+    monkeypatch.setattr(recipe, "LOOP_CHECKS", ())
+    trained, state = recipe.train(rows, [0], tmp_path, 1 / 60, 9, earlier=tmp_path / "finished")
+    assert state["step"] > 3 and all(layer.mlp.down_proj.weight.any() for layer in trained.model.layers)
+
+
 def test_loops_are_looked_for_and_trained_against(recipe, rows, tmp_path, monkeypatch, small):
     loop, seen = ([5, 6, 3], [7, 8] * 30), []
     monkeypatch.setattr(recipe, "LOOP_CHECKS", (0.0, 0.5))
