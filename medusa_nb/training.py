@@ -53,6 +53,8 @@ class HeadsWithLoss(nn.Module):
 
     def __init__(self, heads: MedusaHeads, depth_decay: float, soft_share: float = 0.0, bf16: bool = False):
         super().__init__()
+        if not 0 <= soft_share <= 1:
+            raise InputError(f"soft_share={soft_share}; choose a number from 0 (labels only) to 1 (soft labels only)")
         self.heads, self.depth_decay, self.soft_share, self.bf16 = heads, depth_decay, soft_share, bf16
 
     def forward(

@@ -130,7 +130,15 @@ def test_a_misspelt_option_is_refused():
         refuse(dict(medusa_heads=3))
 
 
-@pytest.mark.parametrize("wrong", [dict(medusa_num_heads=0), dict(medusa_num_layers=-1), dict(medusa_depth_decay="x")])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(medusa_num_heads=0),
+        dict(medusa_num_layers=-1),
+        dict(medusa_depth_decay="x"),
+        dict(medusa_soft_share=1.5),
+    ],
+)
 def test_wrong_values_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         MedusaArgs(**wrong)

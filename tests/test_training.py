@@ -1,5 +1,6 @@
 """Training: heads learn, the base model does not change, and interrupted work goes on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -129,6 +130,21 @@ def test_soft_labels_share_the_loss_with_the_label():
         wanted += 0.7 * F.one_hot(labels[:rows, k], 50)
         torch.testing.assert_close(losses[k], F.cross_entropy(logits[k, :rows], wanted))
     assert used.tolist() == [6, 4]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_between_0_and_1(small_model, share):
+    with pytest.raises(InputError, match=f"soft_share={share}; choose a number from 0"):
+        HeadsWithLoss(MedusaHeads.for_model(small_model, 2), 0.8, share)
+
+
+def test_training_learns_soft_labels_from_features(tmp_path, features, small_model):
+    features.labels[:, 1:] = IGNORED
+    features.labels[:, 1] = features.labels[:, 0].roll(-1)  # head 0's label is what the next position says
+    features.labels[-1, 1] = IGNORED
+    heads = MedusaHeads.for_model(small_model, 1)
+    log = train_heads(heads, features, tmp_path / "out", dataclasses.replace(SETTINGS, soft_share=1.0))
+    assert log[-1]["loss"] < log[0]["loss"] and weights(heads).any()
 
 
 @pytest.mark.parametrize("count", [1, 2])
