@@ -48,7 +48,7 @@ class MedusaArgs(BaseModel):
     medusa_own_projection: bool = Field(False, description="a projection per head (the format's version 1)")
     medusa_see_path: bool = Field(False, description="heads that see the path; no server loads them")
     medusa_depth_decay: float = Field(0.8, gt=0, description="weight of head k in the loss: this to the power k")
-    medusa_soft_share: float = Field(0.5, ge=0, le=1, description="part of the loss on the base model's chances")
+    medusa_soft_share: float = Field(0.5, ge=0, le=1, description="part of the loss on the base model's probabilities")
     medusa_answers: str | None = Field(None, description="answers from `distill`; the held-out ones calibrate the tree")
 
 

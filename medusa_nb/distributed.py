@@ -48,7 +48,9 @@ class HeadOptions:
     own_projection: bool = field(default=False, metadata=dict(help="version 1: a projection per head"))
     see_path: bool = field(default=False, metadata=dict(help="heads that see the path; no server loads them"))
     depth_decay: float = field(default=0.8, metadata=dict(help="weight of head k in the loss: this to the power k"))
-    soft_share: float = field(default=0.5, metadata=dict(help="part of the loss on the base model's chances; 0: none"))
+    soft_share: float = field(
+        default=0.5, metadata=dict(help="part of the loss on the base model's probabilities; 0: none")
+    )
     states: str = field(default="auto", metadata=dict(help="cached, online, or auto: cached if the disk allows"))
     load_in: str = field(
         default="bfloat16", metadata=dict(help="base model in float32, bfloat16, float16, 8bit or 4bit")

@@ -86,17 +86,17 @@ def head_labels(ids: list[int], own: list[bool], num_heads: int) -> tuple[list[i
 
 @torch.no_grad()
 def likeliest(lm_head, hidden: torch.Tensor, rows: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base model's likeliest next tokens at states ``[P, D]``: ids ``[P, M]`` and chances that sum to 1."""
-    ids, chances = [], []
+    """The base model's likeliest next tokens at states ``[P, D]``: ids ``[P, M]`` and probabilities that sum to 1."""
+    ids, probabilities = [], []
     for part in hidden.split(rows):  # so many rows of logits at a time
         top = lm_head(part).float().softmax(-1).topk(min(LIKELY, lm_head.weight.shape[0]), dim=-1)
         ids.append(top.indices)
-        chances.append(top.values / top.values.sum(-1, keepdim=True))
-    return torch.cat(ids), torch.cat(chances).to(torch.bfloat16)
+        probabilities.append(top.values / top.values.sum(-1, keepdim=True))
+    return torch.cat(ids), torch.cat(probabilities).to(torch.bfloat16)
 
 
 def soft_labels(
-    positions: torch.Tensor, num_heads: int, ids: torch.Tensor, chances: torch.Tensor
+    positions: torch.Tensor, num_heads: int, ids: torch.Tensor, probabilities: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """For each position, what the base model thought likely where head k's token stands: two tensors ``[B, K, M]``.
 
@@ -105,14 +105,14 @@ def soft_labels(
     """
     later = positions.unsqueeze(1) + torch.arange(1, num_heads + 1, device=positions.device)
     later = later.clamp(max=len(ids) - 1)
-    return dict(likely=ids[later].long(), chances=chances[later])
+    return dict(likely=ids[later].long(), probabilities=probabilities[later])
 
 
 class Features(Dataset):
     """Hidden states ``[P, D]`` and labels ``[P, K + 1]`` of P supervised positions, memory-mapped.
 
     ``conversation[p]`` is the number of the conversation a position comes from; positions of one stand together, in
-    order. ``likely`` and ``chances`` ``[P, M]`` are what the base model thought of next (:func:`likeliest`).
+    order. ``likely`` and ``probabilities`` ``[P, M]`` are what the base model thought of next (:func:`likeliest`).
     """
 
     def __init__(self, folder: str | Path):
@@ -124,7 +124,7 @@ class Features(Dataset):
             arrays = {name: np.array(array) for name, array in arrays.items()}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         # torch has bf16 and numpy has not: the same two bytes, read as an integer
-        self.hidden, self.chances = (tensors[name].view(torch.bfloat16) for name in ("hidden", "chances"))
+        self.hidden, self.probabilities = (tensors[name].view(torch.bfloat16) for name in ("hidden", "probabilities"))
         self.likely = tensors["likely"]
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         self.conversation = torch.from_numpy(np.load(folder / "conversation.npy"))
@@ -145,7 +145,7 @@ class Features(Dataset):
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.as_tensor(rows)
-        soft = soft_labels(index, self.labels.shape[1] - 1, self.likely, self.chances)
+        soft = soft_labels(index, self.labels.shape[1] - 1, self.likely, self.probabilities)
         return dict(hidden=self.hidden[index], labels=self.labels[index]) | soft
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
@@ -196,11 +196,11 @@ def cache_features(
         batch = _batch_from(order, done, encoded, batch_tokens)
         hidden = _hidden_states(model, [encoded[i].ids for i in batch])
         rows = torch.cat([hidden[line, supervised[i][0]] for line, i in enumerate(batch)])
-        likely, chances = likeliest(model.get_output_embeddings(), rows)
+        likely, probabilities = likeliest(model.get_output_embeddings(), rows)
         written = slice(starts[done], starts[done] + len(rows))
         arrays["hidden"][written] = rows.to(torch.bfloat16).cpu().view(torch.int16).numpy()
         arrays["likely"][written] = likely.cpu().numpy()
-        arrays["chances"][written] = chances.cpu().view(torch.int16).numpy()
+        arrays["probabilities"][written] = probabilities.cpu().view(torch.int16).numpy()
         for array in arrays.values():
             array.flush()
         done += len(batch)
@@ -221,7 +221,7 @@ def _arrays(folder: Path, about: dict, mode: str) -> dict[str, np.memmap]:
     files = {
         "hidden": ("hidden.bf16", np.int16, about["hidden_size"]),
         "likely": ("likely.i32", np.int32, about["likely"]),
-        "chances": ("chances.bf16", np.int16, about["likely"]),
+        "probabilities": ("probabilities.bf16", np.int16, about["likely"]),
     }
     return {
         name: np.memmap(folder / file, kind, mode, shape=(about["positions"], width))

@@ -28,7 +28,7 @@ from medusa_nb.progress import is_headless
 class TrainingSettings:
     """The tutorial's options that matter for heads; ``batch_size`` counts positions.
 
-    ``soft_share`` is the part of the loss that looks at the base model's chances of several tokens; 0 is plain
+    ``soft_share`` is the part of the loss that looks at the base model's probabilities of several tokens; 0 is plain
     Medusa: only the token that it said counts.
     """
 
@@ -62,14 +62,16 @@ class HeadsWithLoss(nn.Module):
         hidden: torch.Tensor,
         labels: torch.Tensor,
         likely: torch.Tensor | None = None,
-        chances: torch.Tensor | None = None,
+        probabilities: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """``hidden [B, D]``, ``labels [B, K + 1]`` (column 0 is the base model's own next token), and for each head
         what :func:`~medusa_nb.features.soft_labels` found likely, ``[B, K, M]``."""
         hidden = hidden.to(self.heads.weight.dtype)
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.heads(hidden, path=labels[:, :-1].clamp(min=0))  # [K, B, V]
-        soft = (likely[:, : len(logits)], self.soft_share * chances[:, : len(logits)]) if self.soft_share else None
+        soft = (
+            (likely[:, : len(logits)], self.soft_share * probabilities[:, : len(logits)]) if self.soft_share else None
+        )
         losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1], soft)
         decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
         return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())

@@ -115,7 +115,9 @@ def test_cached_and_online_give_the_same_loss_on_the_same_batch(setting, tmp_pat
     online = OnlineHeads(model, inner)(**batch)["loss"]
     cached = cache_features(model, tokenizer, rows, tmp_path / "features", 2)
     loss = inner(**cached.__getitems__(list(range(len(cached)))))["loss"]
-    assert online.item() == pytest.approx(loss.item(), rel=1e-5 if not soft_share else 1e-4)  # near-ties among chances
+    assert online.item() == pytest.approx(
+        loss.item(), rel=1e-5 if not soft_share else 1e-4
+    )  # near-ties among probabilities
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_cached_features_equal_a_computation_one_by_one(tmp_path, tiny_model, to
         top = tiny_model.lm_head(states).softmax(-1).topk(module.LIKELY)
         assert (features.likely[rows] == top.indices).float().mean() > 0.95  # but for near-ties
         torch.testing.assert_close(
-            features.chances[rows].float(), top.values / top.values.sum(1, True), rtol=0.02, atol=0
+            features.probabilities[rows].float(), top.values / top.values.sum(1, True), rtol=0.02, atol=0
         )
 
 
@@ -158,7 +158,7 @@ def test_soft_labels_come_from_where_the_label_was_said(tmp_path, tiny_model, to
             if label != IGNORED:
                 assert features.labels[p + k + 1, 0] == label  # there the base model was to say it
                 assert torch.equal(everything["likely"][p, k], features.likely[p + k + 1].long())
-                assert torch.equal(everything["chances"][p, k], features.chances[p + k + 1])
+                assert torch.equal(everything["probabilities"][p, k], features.probabilities[p + k + 1])
                 counted += 1
     assert counted > len(features)
 
@@ -167,7 +167,7 @@ def test_batches_of_rows(tmp_path, tiny_model, tokenizer):
     features = cache_features(tiny_model, tokenizer, CONVERSATIONS, tmp_path, num_heads=3)
     batch = features.__getitems__([2, 0])
     assert torch.equal(batch["hidden"], torch.stack([features[2]["hidden"], features[0]["hidden"]]))
-    for name in ("labels", "likely", "chances"):
+    for name in ("labels", "likely", "probabilities"):
         assert torch.equal(batch[name], torch.stack([features[2][name], features[0][name]]))
 
 

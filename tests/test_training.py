@@ -37,8 +37,8 @@ def write_features(folder, positions: int = 128, heads: int = 2, width: int = 32
     labels = torch.randint(50, (8, heads + 1))[kinds]
     labels[::10, -1] = IGNORED
     folder.mkdir(parents=True, exist_ok=True)
-    likely, chances = labels[:, :1].int(), torch.ones(positions, 1, dtype=torch.bfloat16)
-    for name, array in {"hidden.bf16": hidden, "chances.bf16": chances}.items():
+    likely, probabilities = labels[:, :1].int(), torch.ones(positions, 1, dtype=torch.bfloat16)
+    for name, array in {"hidden.bf16": hidden, "probabilities.bf16": probabilities}.items():
         (folder / name).write_bytes(array.view(torch.int16).numpy().tobytes())
     (folder / "likely.i32").write_bytes(likely.numpy().tobytes())
     np.save(folder / "labels.npy", labels.numpy())
@@ -122,11 +122,11 @@ def test_soft_labels_share_the_loss_with_the_label():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 6, 50), torch.randint(50, (6, 2))
     labels[4:, 1] = IGNORED
-    ids, chances = torch.randint(50, (6, 2, 3)), torch.rand(6, 2, 3)
-    chances /= chances.sum(-1, keepdim=True)
-    losses, used = head_losses(logits, labels, (ids, 0.3 * chances))
+    ids, probabilities = torch.randint(50, (6, 2, 3)), torch.rand(6, 2, 3)
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    losses, used = head_losses(logits, labels, (ids, 0.3 * probabilities))
     for k, rows in ((0, 6), (1, 4)):
-        wanted = torch.zeros(rows, 50).scatter_add(1, ids[:rows, k], 0.3 * chances[:rows, k])
+        wanted = torch.zeros(rows, 50).scatter_add(1, ids[:rows, k], 0.3 * probabilities[:rows, k])
         wanted += 0.7 * F.one_hot(labels[:rows, k], 50)
         torch.testing.assert_close(losses[k], F.cross_entropy(logits[k, :rows], wanted))
     assert used.tolist() == [6, 4]
@@ -151,7 +151,7 @@ def test_training_learns_soft_labels_from_features(tmp_path, features, small_mod
 def test_half_of_the_loss_is_soft(small_model, count):
     torch.manual_seed(0)
     heads, hidden, labels = MedusaHeads.for_model(small_model, count), torch.randn(6, 32), torch.randint(50, (6, 3))
-    soft = dict(likely=torch.randint(50, (6, 2, 1)), chances=torch.ones(6, 2, 1))
+    soft = dict(likely=torch.randint(50, (6, 2, 1)), probabilities=torch.ones(6, 2, 1))
     other = torch.cat([labels[:, :1], soft["likely"][..., 0]], 1)
     hard, fully = (HeadsWithLoss(heads, 0.5)(hidden, wanted, **soft)["loss"] for wanted in (labels, other))
     half = HeadsWithLoss(heads, 0.5, soft_share=0.5)(hidden, labels, **soft)["loss"]
