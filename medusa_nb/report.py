@@ -168,7 +168,7 @@ def draw(results: dict, file: Path) -> None:
     trained = results["trained_on"]
     for axes, values, unit, title in (
         (middle, bars, f"speed, model.generate = 1 ({dtype}, without loops)", "… so right guesses are speed …"),
-        (right, trained, "tokens per pass", "… if heads learn what this model says"),
+        (right, trained, "tokens per pass", "… as many as the training data allows"),
     ):
         names = list(values)[::-1]
         colors = [HEAD_COLORS[0] if name in ("Medusa", "own answers") else BASELINE for name in names]
