@@ -17,7 +17,7 @@ run: $(VENV)/.walk
 
 test: $(VENV)/.test
 	$(BIN)/ruff check medusa_nb tests data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest tests/browser

@@ -27,6 +27,7 @@ from medusa_nb.measurement import (
 from medusa_nb.tree import build_tree
 
 GENERATE, LOOP, MEDUSA = "model.generate", "our loop, compiled", "+ n-grams in the tree (Medusa)"
+WIDER = "Medusa, twice the nodes"
 
 
 @dataclass
@@ -78,13 +79,14 @@ def prepare(
         LOOP: Decoder(model, capacity=capacity),
         **{name: Decoder(model, capacity=capacity, draft=draft) for name, draft in drafts.items()},
         MEDUSA: best,
+        WIDER: growing_decoder(model, heads, calibration, (2 * size, heads.num_heads), capacity),
         "Medusa, eager": Decoder(model, capacity=capacity, draft=best.draft),
     }
     blind = {
         n: Decoder(model, capacity=capacity, draft=BlindDraft(n, lm_head.shape[0], device))
         for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
     }
-    for decoder in (decoders[LOOP], *(decoders[name] for name in drafts), *blind.values()):
+    for decoder in (*(decoders[name] for name in (LOOP, *drafts, WIDER)), *blind.values()):
         decoder.compile()
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
     calls["prompt lookup"] = lambda ids: transformers_generate(

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # processes that share the cores must not fight
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MEDUSA_NB_HEADLESS", "1")
@@ -18,6 +20,12 @@ from medusa_nb.base_model import DEFAULT  # noqa: E402
 from medusa_nb.tree import Tree, tree_from_paths  # noqa: E402
 
 EOS, PAD = 4, 0
+LONGEST = "test_notebooks.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest goes first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 def random_model(config, seed: int = 0, std: float = 0.3):
