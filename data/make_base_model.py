@@ -9,6 +9,7 @@ safetensors. Killed at any moment and started again it continues from its last c
 """
 
 import argparse
+import ast
 import copy
 import hashlib
 import json
@@ -439,11 +440,32 @@ def bits_per_byte(model, rows, functions: list[Function]) -> float:
     return bits / nbytes
 
 
-def loop_share(model, tokenizer, functions: list[Function], max_new_tokens: int = 256) -> float:
-    """Share of greedy answers that run into a repetition loop (see ``medusa_nb.distillation.is_loop``)."""
+def judge_answers(model, tokenizer, functions: list[Function], max_new_tokens: int = 256) -> dict:
+    """What greedy answers are like: the share that runs into a repetition loop (``medusa_nb.distillation.is_loop``),
+    the share that is valid Python below its prompt, and the first dozen that answer short prompts."""
     prompts = [row[:start].tolist() for row, start in tokenize(functions, tokenizer)]
-    answers = generate_batch(model, prompts, max_new_tokens, [4])
-    return sum(is_loop(tokens) for tokens, _ in answers) / len(answers)
+    answers = [tokens for tokens, _ in generate_batch(model, prompts, max_new_tokens, [4])]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    valid = [is_python(f"{function.prompt}\n{text}") for function, text in zip(functions, texts, strict=True)]
+    samples = [  # without the docstrings, which are others' text
+        dict(id=function.id, signature=function.prompt.partition('"""')[0].rstrip(), answer=text)
+        for function, text in zip(functions, texts, strict=True)
+        if len(function.prompt) <= 250
+    ]
+    return dict(
+        loops_test_stdlib=sum(map(is_loop, answers)) / len(answers),
+        valid_test_stdlib=sum(valid) / len(answers),
+        samples=samples[:12],
+    )
+
+
+def is_python(text: str) -> bool:
+    """Whether this parses as Python."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def export(model: LlamaForCausalLM, folder: Path) -> None:
@@ -505,9 +527,7 @@ def main() -> None:
     sample = random.Random(SEED).sample(splits["test"], 2000)
     report["bits_per_byte_test_stdlib"] = bits_per_byte(model, tokenize(standard, tokenizer), standard)
     report["bits_per_byte_test_all_sources"] = bits_per_byte(model, tokenize(sample, tokenizer), sample)
-    report["loops_test_stdlib"] = loop_share(
-        model, tokenizer, random.Random(SEED).sample(standard, min(200, len(standard)))
-    )
+    report |= judge_answers(model, tokenizer, random.Random(SEED).sample(standard, min(200, len(standard))))
     (arguments.work / "report.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
 

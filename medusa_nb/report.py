@@ -123,10 +123,19 @@ def base_model_facts(report: dict) -> str:
     if "loops_test_stdlib" in report:
         share = report["loops_test_stdlib"]
         lines.append(f"| loops | **{share:.1%}** of 200 greedy answers, up to 256 tokens, to stdlib `test` functions |")
+        lines.append(f"| valid Python | **{report['valid_test_stdlib']:.1%}** of the same answers |")
     if looked := runs[-1].get("loop_shares"):
         shares = ", then ".join(f"{share:.0%}" for share in looked)
         lines.append(f"| loops during the last run | {shares} of greedy answers to `train` functions |")
     return "\n".join(lines)
+
+
+def sample_answers(report: dict) -> str:
+    """What the base model answered to a dozen functions that it had never seen."""
+    return "\n\n".join(
+        f"`{sample['id']}`\n\n```python\n{sample['signature']}\n{sample['answer'].rstrip()}\n```"
+        for sample in report["samples"]
+    )
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:
@@ -147,7 +156,7 @@ def readme(text: str, results: dict) -> str:
 
 def card(text: str, report: dict) -> str:
     """The base model's card with the figures of its recipe."""
-    return fill(text, {"facts": base_model_facts(report)})
+    return fill(text, {"facts": base_model_facts(report), "samples": sample_answers(report)})
 
 
 def draw(results: dict, file: Path) -> None:

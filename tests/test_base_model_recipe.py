@@ -157,3 +157,16 @@ def test_licences(recipe, licence, permitted):
 def test_between_two_models(recipe):
     one, other = {"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])}
     assert torch.allclose(recipe.between(one, other, 0.25)["w"], torch.tensor([0.25, 1.5]))
+
+
+def test_answers_are_judged_and_shown_without_docstrings(recipe, tokenizer, monkeypatch):
+    prompt = '@cached\ndef f{}(x):\n    """Somebody else\'s words."""'
+    prompts = [prompt.format(i) + " " * 300 * (i == 1) for i in range(4)]  # the second one is too long to show
+    functions = [recipe.Function(f"f{i}", "f.py", text, "    return x") for i, text in enumerate(prompts)]
+    said = ["    return x", "    return x", "    return (", "    x = 1\n" * 60]
+    answers = [(tokenizer(text)["input_ids"], True) for text in said]
+    monkeypatch.setattr(recipe, "generate_batch", lambda model, prompts, limit, ends: answers)
+    report = recipe.judge_answers(None, tokenizer, functions)
+    assert report["loops_test_stdlib"] == 1 / 4 and report["valid_test_stdlib"] == 3 / 4
+    assert [sample["id"] for sample in report["samples"]] == ["f0", "f2", "f3"]
+    assert report["samples"][0] == dict(id="f0", signature="@cached\ndef f0(x):", answer="    return x")
