@@ -206,9 +206,10 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
         color=[HEAD_COLORS[0] if n in ours else BASELINE for n in names],
     )
     written = {name: f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for name, value in values.items()}
-    plt.bar_label(bars, [f" {written[name]}" for name in names])
     if baseline is not None:
         plt.axvline(baseline, color=BASE_COLOR, lw=1)
+    behind = dict(facecolor="white", edgecolor="none", pad=0.5)  # a line must not cross a number
+    plt.bar_label(bars, [written[name] for name in names], padding=4, bbox=behind)
     plt.xlim(0, max(values.values()) * 1.15)
     plt.xlabel(unit)
     plt.grid(axis="y", visible=False)
