@@ -161,7 +161,7 @@ def card(text: str, report: dict) -> str:
 
 
 def draw(results: dict, file: Path) -> None:
-    """One picture of the run: what wide passes cost, how fast the decoders are, what heads were trained on."""
+    """One picture of the run: what wide passes cost, how fast the decoders are, what leaving the domain costs."""
     from medusa_nb.display import BASE_COLOR, BASELINE, HEAD_COLORS, set_style
 
     set_style()
@@ -175,13 +175,14 @@ def draw(results: dict, file: Path) -> None:
     dtype, part = next(iter(results["speed"].items()))
     speeds = part.get("tokens_per_second_without_loops", part["tokens_per_second"])
     bars = {name: value / speeds["model.generate"] for name, value in speeds.items()}
-    trained = results["trained_on"]
+    domains = {"code, as in training": "in_domain_without_loops", "prose": "out_of_domain_without_loops"}
+    domains = {name: part[key]["tokens_per_pass"] for name, key in domains.items()}
     for axes, values, unit, title in (
         (middle, bars, f"speed, model.generate = 1 ({dtype}, without loops)", "… so right guesses are speed …"),
-        (right, trained, "tokens per pass", "… as many as the training data allows"),
+        (right, domains, "Medusa's tokens per pass, without loops", "… in the domain that was trained for"),
     ):
         names = list(values)[::-1]
-        colors = [HEAD_COLORS[0] if name in ("Medusa", "own answers") else BASELINE for name in names]
+        colors = [HEAD_COLORS[0] if name in ("Medusa", "code, as in training") else BASELINE for name in names]
         axes.bar_label(axes.barh(names, [values[name] for name in names], color=colors), fmt=" %.2f")
         axes.axvline(1, color=BASE_COLOR, lw=1)
         axes.set(xlabel=unit, title=title, xlim=(0, max(values.values()) * 1.2))
