@@ -107,7 +107,6 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
     """
     timings = compare(contestants.calls, prompts, repeats)
     keep = without_loops(timings[LOOP])
-    keep = keep if any(keep) else [True] * len(keep)
     steps = time_steps(contestants.decoders | contestants.blind, past)
     rows = {}
     for name, timing in timings.items():
@@ -193,9 +192,8 @@ def tokens_per_pass(
     capacity = max(ids.shape[1] for ids in prompts) + max_new_tokens + shape[0]
     decoder = growing_decoder(model, heads, calibration, shape, capacity)
     runs = [decoder.generate([ids[0]], max_new_tokens, eos)[0] for ids in prompts]
-    timing = Timing("", [[] for _ in runs], runs)
-    keep = without_loops(timing)
-    return timing.tokens_per_pass(keep if any(keep) else None)
+    timing = Timing("", generations=runs)
+    return timing.tokens_per_pass(without_loops(timing))
 
 
 def save(reports: dict[str, dict], folder: Path, notes: dict[str, str]) -> None:

@@ -217,7 +217,9 @@ class Timing:
     generations: list[Generation] = field(default_factory=list)
 
     def chosen(self, keep: list[bool] | None) -> list[int]:
-        return [p for p in range(len(self.seconds)) if keep is None or keep[p]]
+        """The numbers of the prompts that count: those to keep, or all of them where that would leave none."""
+        every = range(len(self.generations))
+        return [p for p in every if keep[p]] if keep and any(keep) else list(every)
 
     def tokens(self, keep=None) -> int:
         """New tokens over all prompts."""

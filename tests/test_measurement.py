@@ -130,6 +130,14 @@ def test_without_loops():
     assert without_loops(timing) == [True, False, True]
 
 
+def test_where_every_answer_loops_all_of_them_count():
+    timing = Timing("x", [[1.0], [3.0]], [generation([1, 2] * 40, [1, 79]), generation([3] * 60)])
+    keep = without_loops(timing)
+    assert keep == [False, False]
+    assert timing.tokens_per_pass(keep) == timing.tokens_per_pass() == 138 / 60
+    assert timing.tokens_per_second(keep) == 140 / 4 and timing.tokens_per_second([True, False]) == 80
+
+
 def test_the_fastest_decoder_is_the_one_with_most_tokens_a_second(small_model, monkeypatch, tmp_path):
     heads, seconds, tried = MedusaHeads.for_model(small_model, 2), {2: 1.0, 4: 1.2, 5: 9.0}, []
     tokens = {2: 1.5, 4: 2.1, 5: 2.2}
