@@ -170,3 +170,10 @@ def test_answers_are_judged_and_shown_without_docstrings(recipe, tokenizer, monk
     assert report["loops_test_stdlib"] == 1 / 4 and report["valid_test_stdlib"] == 3 / 4
     assert [sample["id"] for sample in report["samples"]] == ["f0", "f2", "f3"]
     assert report["samples"][0] == dict(id="f0", signature="@cached\ndef f0(x):", answer="    return x")
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"), [("x = 1", True), ("x = (", False), ("x = '\0'", False), ("  x\n y", False)]
+)
+def test_valid_python(recipe, text, valid):
+    assert recipe.is_python(text) == valid

@@ -44,7 +44,7 @@ def later(executed, number: str, tmp_path_factory):
 def benchmark(executed, tmp_path_factory):
     """The benchmark notebook, executed on what the walk made.
 
-    Its ten decoders stay eager: compiling them takes minutes, and every kind of step is compiled in other tests.
+    Its decoders stay eager: compiling them takes minutes, and test_benchmark.py does it on a smaller model.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")

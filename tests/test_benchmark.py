@@ -1,0 +1,26 @@
+"""The benchmark's contestants, compiled, on a tiny model: the notebook's smoke run leaves them eager."""
+
+import torch
+from conftest import EOS
+from test_heads import random_heads, seeing_heads
+
+from medusa_nb.benchmark import GENERATE, LOOP, MEDUSA, WIDER, prepare, run
+from medusa_nb.calibration import Calibration
+from medusa_nb.tree import count_ranks
+
+
+def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works):
+    ranks = count_ranks(torch.randint(0, 3, (200, 2), generator=torch.Generator().manual_seed(0)))
+    known = Calibration(ranks, torch.full((4, 3), 0.3), torch.arange(20), [[5, 6, 7]])
+    plain, heads = random_heads(small_model, K=2).requires_grad_(False), seeing_heads(small_model, K=2)
+    sizes = dict(shapes=((4, 2),), capacity=64, max_new_tokens=12, eos=[EOS])
+    contestants = prepare(small_model, plain, known, heads, known, **sizes)
+    eager = {name for name, decoder in contestants.decoders.items() if not decoder.compiled}
+    assert eager == {"our loop, eager", "Medusa, eager"}
+    assert contestants.blind.keys() == {4, 8} and all(decoder.compiled for decoder in contestants.blind.values())
+    prompts = [torch.tensor([[5, 6, 7, 5, 6]]), torch.tensor([[9, 30, 31]])]
+    rows = run(contestants, small_model, prompts, repeats=1, past=20)["rows"]
+    assert rows.keys() == contestants.calls.keys() and all(row["identical"]["identical"] == 2 for row in rows.values())
+    assert {name: rows[name]["tree"] for name in (LOOP, MEDUSA, WIDER)} == {LOOP: 1, MEDUSA: 4, WIDER: 8}
+    assert "share_of_achievable" in rows[WIDER]["without_loops"] and "tree" not in rows[GENERATE]
+    assert "ms_draft" not in rows["Medusa, eager"]  # what is not compiled cannot be taken apart by what is
