@@ -9,6 +9,7 @@ import nbformat
 
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
+from medusa_nb.walk import DOMAINS
 from medusa_nb.walk_map import save_map
 
 README, RESULTS = ROOT / "README.md", ROOT / "data" / "results.json"
@@ -65,7 +66,7 @@ def result_lines(results: dict) -> str:
     machine = results["machine"]
     about = f"{machine['cores']} cores ({machine['processor']}, torch {machine['torch']})"
     lines = [f"From one run on {about}:", ""]
-    lines += ["| | in domain, all | without loops | out of domain, without loops |", "|---|---|---|---|"]
+    lines += ["| | " + " | ".join(DOMAINS) + " |", "|---" * (len(DOMAINS) + 1) + "|"]
     quantities = {
         "tokens per pass": "tokens_per_pass",
         "speedup over `model.generate`": "speedup_vs_generate",
@@ -73,10 +74,7 @@ def result_lines(results: dict) -> str:
     }
     for dtype, part in results["speed"].items():
         for name, key in quantities.items():
-            values = (
-                part.get(domain, {}).get(key)
-                for domain in ("in_domain", "in_domain_without_loops", "out_of_domain_without_loops")
-            )
+            values = (part.get(domain, {}).get(key) for domain in DOMAINS.values())
             cells = " | ".join("" if value is None else f"{value:.2f}" for value in values)
             lines.append(f"| {name}, {dtype} | {cells} |")
     same = []
@@ -121,10 +119,9 @@ def base_model_facts(report: dict) -> str:
         f"random `test` functions of all sources, **{report['bits_per_byte_test_stdlib']:.3f}** on those of the "
         "standard library |"
     )
-    if "loops_test_stdlib" in report:
-        share = report["loops_test_stdlib"]
-        lines.append(f"| loops | **{share:.1%}** of 200 greedy answers, up to 256 tokens, to stdlib `test` functions |")
-        lines.append(f"| valid Python | **{report['valid_test_stdlib']:.1%}** of the same answers |")
+    share = report["loops_test_stdlib"]
+    lines.append(f"| loops | **{share:.1%}** of 200 greedy answers, up to 256 tokens, to stdlib `test` functions |")
+    lines.append(f"| valid Python | **{report['valid_test_stdlib']:.1%}** of the same answers |")
     if looked := runs[-1].get("loop_shares"):
         shares = ", then ".join(f"{share:.0%}" for share in looked)
         lines.append(f"| loops during the last run | {shares} of greedy answers to `train` functions |")
@@ -175,8 +172,10 @@ def draw(results: dict, file: Path) -> None:
     dtype, part = next(iter(results["speed"].items()))
     speeds = part.get("tokens_per_second_without_loops", part["tokens_per_second"])
     bars = {name: value / speeds["model.generate"] for name, value in speeds.items()}
-    domains = {"code, as in training": "in_domain_without_loops", "prose": "out_of_domain_without_loops"}
-    domains = {name: part[key]["tokens_per_pass"] for name, key in domains.items()}
+    domains = {
+        "code, as in training": part["in_domain_without_loops"]["tokens_per_pass"],
+        "prose": part["out_of_domain_without_loops"]["tokens_per_pass"],
+    }
     for axes, values, unit, title in (
         (middle, bars, f"speed, model.generate = 1 ({dtype}, without loops)", "… so right guesses are speed …"),
         (right, domains, "Medusa's tokens per pass, without loops", "… in the domain that was trained for"),

@@ -21,6 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
 from medusa_nb.progress import HEADLESS
+from medusa_nb.walk import DOMAINS
 
 NOTEBOOKS = ROOT / "notebooks"
 TOOK = re.compile(r"\*Took [^*]*? on two CPU cores, [^*]*? GB of memory")
@@ -187,21 +188,17 @@ def provenance() -> dict[str, str]:
 
 def result_table(results: dict) -> str:
     """The walk's main figures as plain text."""
-    lines = [f"{'':24}{'in domain, all':>16}{'without loops':>15}{'out of domain, without loops':>30}"]
+    lines = [" " * 24 + "".join(f"  {title}" for title in DOMAINS)]
     for dtype, part in results.get("speed", {}).items():
         for name, key in (
             ("tokens per pass", "tokens_per_pass"),
             ("speedup, generate", "speedup_vs_generate"),
             ("speedup, our loop", "speedup_vs_greedy_loop"),
         ):
-            values = [
-                part.get(domain, {}).get(key)
-                for domain in ("in_domain", "in_domain_without_loops", "out_of_domain_without_loops")
-            ]
-            cells = "".join(
-                f"{v:>{w}.2f}" if v is not None else " " * w for v, w in zip(values, (16, 15, 30), strict=True)
-            )
-            lines.append(f"{name + ' ' + dtype:24}{cells}")
+            values = {title: part.get(domain, {}).get(key) for title, domain in DOMAINS.items()}
+            cells = ("" if value is None else f"{value:.2f}" for value in values.values())
+            row = "".join(f"  {cell:>{len(title)}}" for title, cell in zip(values, cells, strict=True))
+            lines.append(f"{name + ' ' + dtype:24}{row}")
         same = part.get("identical_to_greedy", {})
         lines.append(
             f"identical text {dtype}: {same.get('identical')} of {same.get('prompts')}, gaps {same.get('gaps')}"

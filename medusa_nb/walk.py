@@ -7,6 +7,13 @@ from pathlib import Path
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
 
+# what results.json says of the speed in each number format, and on which answers; by the names that tables use
+DOMAINS = {
+    "in domain, all": "in_domain",
+    "without loops": "in_domain_without_loops",
+    "out of domain, without loops": "out_of_domain_without_loops",
+}
+
 
 @dataclass(frozen=True)
 class WalkSettings:
