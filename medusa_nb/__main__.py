@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--layers", type=int, default=1)
     train.add_argument("--own-projection", action="store_true", help="a projection per head (version 1)")
     train.add_argument("--see-path", action="store_true", help="heads that see the path (not for servers)")
+    train.add_argument(
+        "--draft-vocabulary", type=int, metavar="N", help="guess the N tokens most frequent in the answers only"
+    )
     train.add_argument("--epochs", type=float, default=3)
     train.add_argument("--batch-size", type=int, default=128, help="positions per step")
     train.add_argument("--learning-rate", type=float, default=2e-3)
@@ -159,7 +162,7 @@ def command_distill(options) -> None:
 
 def command_train(options) -> None:
     """Cache hidden states, train heads, calibrate them on held-out answers, save."""
-    from medusa_nb.calibration import calibrate
+    from medusa_nb.calibration import calibrate, draft_vocabulary
     from medusa_nb.distillation import load_answers
     from medusa_nb.features import cache_features
     from medusa_nb.heads import MedusaHeads
@@ -175,7 +178,8 @@ def command_train(options) -> None:
         )
     features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
     judge = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
-    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_path)
+    words = draft_vocabulary(tokenizer, train, options.draft_vocabulary)
+    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_path, words)
     settings = TrainingSettings(options.epochs, options.batch_size, options.learning_rate)
     train_heads(heads, features, options.out, settings)
     calibrate(heads, judge, tokenizer, held_out, train).save(options.out)

@@ -66,13 +66,13 @@ def prepare(
     """
     device, lm_head = model.device, model.get_output_embeddings().weight
     best = fastest_decoder(model, heads, calibration, shapes, capacity, remember=remember)
-    size, depth, vocabulary = best.draft.size, best.draft.levels, best.draft.vocabulary
+    size, depth = best.draft.size, best.draft.levels
     tree, plain_tree = (build_tree(known.rank_counts, size) for known in (calibration, plain_calibration))
     drafts = {
         "plain heads, static tree": TreeDraft(plain_heads, plain_tree, device),
-        "heads see the path, static tree": TreeDraft(heads, tree, device),
-        "+ draft vocabulary": TreeDraft(heads, tree, device, vocabulary),
-        "+ growing tree": DynamicDraft(heads, size, device, vocabulary=vocabulary, depth=depth),
+        "+ draft vocabulary": TreeDraft(plain_heads.limited_to(plain_calibration.frequent), plain_tree, device),
+        "+ heads see the path": TreeDraft(heads, tree, device),
+        "+ growing tree": DynamicDraft(heads, size, device, depth=depth),
     }
     decoders = {
         "our loop, eager": Decoder(model, capacity=capacity),

@@ -29,7 +29,7 @@ class Calibration:
         rank_counts: how often the true tokens had these ranks, see :func:`~medusa_nb.tree.count_ranks`.
         ngram_worth: how often tokens copied from the text are right, see :func:`~medusa_nb.ngrams.ngram_worth`.
         frequent: token ids of the draft vocabulary, most frequent first, see
-            :func:`~medusa_nb.drafting.frequent_tokens`.
+            :func:`~medusa_nb.drafting.frequent_tokens`; for heads that have none of their own.
         prompts: some prompts' token ids, to count tokens per pass on.
     """
 
@@ -84,6 +84,19 @@ class Calibration:
             raise InputError(f"'{file}' is damaged ({error}); calibrate the heads again") from error
 
 
+def own_words(tokenizer, conversations: list[dict]) -> list[list[int]]:
+    """The token ids that the model itself said in each conversation."""
+    encoded = [encode_conversation(tokenizer, row["messages"]) for row in conversations]
+    return [[i for i, own in zip(x.ids, x.own, strict=True) if own] for x in encoded]
+
+
+def draft_vocabulary(tokenizer, conversations: list[dict], count: int | None) -> torch.Tensor | None:
+    """The ``count`` ids that the model said most often in these conversations; None for no count: any token."""
+    if count is not None and count < 1:
+        raise InputError(f"a draft vocabulary of {count} tokens is none; ask for at least one")
+    return None if count is None else frequent_tokens(own_words(tokenizer, conversations), count)
+
+
 def calibrate(
     heads: MedusaHeads,
     features: Features,
@@ -106,11 +119,9 @@ def calibrate(
     """
     said = [encode_conversation(tokenizer, row["messages"]) for row in held_out]
     said = [x for x in said if True in x.own]
-    learned = [encode_conversation(tokenizer, row["messages"]) for row in train]
-    words = [[i for i, own in zip(x.ids, x.own, strict=True) if own] for x in learned]
     return Calibration(
         count_ranks(rank_table(heads, features)),
         ngram_worth([x.ids for x in said], [x.own.index(True) for x in said], count=ngram_tokens),
-        frequent_tokens(words, max(2, int(len(tokenizer) * vocabulary_share))),
+        draft_vocabulary(tokenizer, train, max(2, int(len(tokenizer) * vocabulary_share))),
         [x.ids[: x.own.index(True)] for x in said[:prompts]],
     )

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_nb.base_model import load_base_model, require_chat_template
-from medusa_nb.calibration import calibrate
+from medusa_nb.calibration import calibrate, draft_vocabulary
 from medusa_nb.distillation import load_answers
 from medusa_nb.errors import InputError
 from medusa_nb.features import cache_features, encode_conversation, head_labels, likeliest, soft_labels
@@ -47,6 +47,9 @@ class HeadOptions:
     medusa_num_layers: int = field(default=1, metadata=dict(help="residual blocks per head"))
     own_projection: bool = field(default=False, metadata=dict(help="version 1: a projection per head"))
     see_path: bool = field(default=False, metadata=dict(help="heads that see the path; no server loads them"))
+    draft_vocabulary: int | None = field(
+        default=None, metadata=dict(help="guess so many tokens only, the most frequent in the answers")
+    )
     depth_decay: float = field(default=0.8, metadata=dict(help="weight of head k in the loss: this to the power k"))
     soft_share: float = field(
         default=0.5, metadata=dict(help="part of the loss on the base model's probabilities; 0: none")
@@ -209,8 +212,9 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
         raise InputError(f"'{options.data_path}' has no answers of the split 'train'")
     model, tokenizer = load(options, training)
     require_chat_template(tokenizer)
+    words = draft_vocabulary(tokenizer, rows, options.draft_vocabulary)
     heads = MedusaHeads.for_model(
-        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_path
+        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_path, words
     )
     positions = sum(row["completion_tokens"] for row in rows)
     sizes = estimate(model.config, positions)
@@ -249,7 +253,8 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
     if trainer.is_world_process_zero():
         prefix = "heads." if cached else "inner.heads."
         state = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
-        if any(tensor.numel() == 0 for tensor in state.values()):
+        blocks = set() if options.medusa_num_layers else {"weight", "bias"}  # empty where there are no plain blocks
+        if {name for name, tensor in state.items() if tensor.numel() == 0} - blocks:
             raise InputError("the trained heads came back as empty shards; nothing was saved over earlier heads")
         heads.load_state_dict(state)
         heads.save_pretrained(out)

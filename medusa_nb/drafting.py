@@ -8,11 +8,11 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.ngrams import ngram_guesses
+from medusa_nb.path_tables import PathTables
 from medusa_nb.tree import Tree
 
 
@@ -42,23 +42,6 @@ class Candidates(NamedTuple):
     copied: torch.Tensor | None = None
 
 
-class DraftVocabulary(nn.Module):
-    """The token ids that may be guessed, and their rows of lm_head: fewer logits to compute at every step.
-
-    Rare tokens are then never guessed, which costs little: the base model still says them itself
-    (FR-Spec, arXiv 2502.14856).
-    """
-
-    def __init__(self, heads: MedusaHeads, ids: torch.Tensor):
-        if heads.projection is not None:
-            raise InputError("these heads have their own projections; a draft vocabulary is for the shared lm_head")
-        super().__init__()
-        lm_head = heads.shared[0].weight
-        # buffers of a module: a compiled step then holds them as constants, laid out for its number of rows
-        self.register_buffer("ids", ids.to(lm_head.device))
-        self.register_buffer("projection", lm_head.detach()[self.ids].clone())
-
-
 def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
     """The ``count`` ids that occur most often in answers, the most frequent first; equally frequent ones by id."""
     tally = Counter(token for answer in answers for token in answer)
@@ -75,18 +58,13 @@ class Level(NamedTuple):
 
 
 class TreeDraft:
-    """The same tree at every step, filled with each head's best guesses, of a draft vocabulary if given."""
+    """The same tree at every step, filled with each head's best guesses."""
 
     reads_text = False
 
-    def __init__(
-        self,
-        heads: MedusaHeads | None,
-        tree: Tree,
-        device: torch.device | str,
-        vocabulary: DraftVocabulary | None = None,
-    ):
-        self.heads, self.tree, self.vocabulary = heads, tree, vocabulary
+    def __init__(self, heads: MedusaHeads | None, tree: Tree, device: torch.device | str):
+        self.heads, self.tree = heads, tree
+        self.tables = None if heads is None else PathTables.of(heads)
         self.size, self.depth, self.width = len(tree), tree.depth, tree.width
         self.parents = torch.tensor([max(0, parent) for parent in tree.parents], device=device)
         self.depths = tree.depths().to(device)
@@ -115,7 +93,7 @@ class TreeDraft:
         tokens = state.root.unsqueeze(1)
         if self.size == 1:
             return tokens
-        guess = Guesser(self.heads, state.hidden, self.depth, self.width, self.vocabulary)
+        guess = Guesser(self.heads, self.tables, state, self.depth, self.width)
         for k, level in enumerate(self.levels):
             ids, _ = guess(k, tokens[:, level.above])
             tokens = torch.cat([tokens, ids[:, level.parent, level.rank]], dim=1)
@@ -123,28 +101,30 @@ class TreeDraft:
 
 
 class Guesser:
-    """What the first ``count`` heads guess below given paths, from the states ``[B, D]`` that said the roots.
+    """What the first ``count`` heads guess below given paths, from where B texts stand.
 
     Heads that do not see the path guess the same below every path, so theirs are computed all at once.
     """
 
-    def __init__(
-        self, heads: MedusaHeads, hidden: torch.Tensor, count: int, width: int, vocabulary: DraftVocabulary | None
-    ):
-        self.heads, self.width, self.vocabulary = heads, width, vocabulary
-        self.rows = vocabulary.projection if vocabulary else None
-        self.blocks = heads.blocks(hidden, count)  # [count, B, D]
-        self.known = None if heads.sees_path else self.best(heads.project(self.blocks, 0, self.rows))
+    def __init__(self, heads: MedusaHeads, tables: PathTables | None, state: State, count: int, width: int):
+        self.heads, self.tables, self.hidden, self.width = heads, tables, state.hidden, width
+        if tables is not None:
+            self.near = tables.near(state.hidden, state.root, count)
+        else:
+            self.blocks = heads.blocks(state.hidden, count)  # [count, B, D]
+        self.known = None if heads.sees_path else self.best(heads.project(self.blocks, 0))
 
     def __call__(self, k: int, paths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Head k's best guesses and their log-probabilities ``[B, P, width]`` below ``paths`` ``[B, P, k + 1]``."""
+        if self.tables is not None:
+            return self.best(self.tables.after(k, self.hidden, self.near[k], paths))
         if self.known is None:
-            return self.best(self.heads.after(k, self.blocks[k], paths, self.rows))
+            return self.best(self.heads.after(k, self.blocks[k], paths))
         return tuple(x[k].unsqueeze(1).expand(-1, paths.shape[1], -1) for x in self.known)
 
     def best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         top = logits.float().log_softmax(-1).topk(self.width, dim=-1)
-        return self.vocabulary.ids[top.indices] if self.vocabulary else top.indices, top.values
+        return self.heads.tokens(top.indices), top.values
 
 
 class DynamicDraft:
@@ -160,7 +140,6 @@ class DynamicDraft:
     Args:
         depth: how deep the heads guess, at most as many as there are; copied paths may go deeper.
         ngram_worth: ``[longest + 1, L]``; None for no n-grams.
-        vocabulary: what may be guessed; None for every token.
 
     Raises:
         InputError: there are no heads, or no guess fits into a tree of this size.
@@ -172,24 +151,27 @@ class DynamicDraft:
         size: int,
         device,
         ngram_worth: torch.Tensor | None = None,
-        vocabulary: DraftVocabulary | None = None,
         depth: int | None = None,
         beam: int = 4,
         branch: int = 8,
     ):
         if heads is None or size < 2:
             raise InputError(f"a tree of {size} nodes that grows needs heads and at least 2 nodes")
-        self.heads, self.size, self.vocabulary, self.beam = heads, size, vocabulary, beam
+        self.heads, self.size, self.beam = heads, size, beam
+        self.tables = PathTables.of(heads)
         self.reads_text = ngram_worth is not None
         self.copied = ngram_worth.shape[1] if self.reads_text else 0
         self.longest = len(ngram_worth) - 1 if self.reads_text else 0
         self.log_worth = ngram_worth.log().to(device) if self.reads_text else None
         self.levels = min(heads.num_heads, size - 1, depth or heads.num_heads)
-        self.branch = min(size - 1, max(branch, -(-(size - 1) // self.levels)))  # enough to fill the tree
+        words = len(heads.shared[0].weight if heads.vocabulary is None else heads.vocabulary)
+        self.branch = min(size - 1, max(branch, -(-(size - 1) // self.levels)), words)  # enough to fill the tree
         depths, parents = [0], 1
         for k in range(self.levels):
             depths += [k + 1] * (parents * self.branch)
             parents = min(beam, parents * self.branch)
+        if len(depths) < size:
+            raise InputError(f"heads that guess only {words} words cannot fill a tree of {size} nodes; ask for fewer")
         self.depths = torch.tensor(depths + list(range(1, self.copied + 1)), device=device)
         self.depth = max(self.levels, min(self.copied, size - 1))
 
@@ -213,7 +195,7 @@ class DynamicDraft:
         A path holds the numbers of the nodes above and the node's own, the root's 0 first, -1 beyond its end.
         """
         texts, device = len(state.root), state.root.device
-        guess = Guesser(self.heads, state.hidden, self.levels, self.branch, self.vocabulary)
+        guess = Guesser(self.heads, self.tables, state, self.levels, self.branch)
         words = state.root.view(-1, 1, 1)  # [B, P, k + 1]: the tokens down to each node that gets children
         worth = torch.zeros(texts, 1, device=device)
         paths = torch.zeros(texts, 1, 1, dtype=torch.long, device=device)
@@ -255,12 +237,12 @@ class DynamicDraft:
 def growing_draft(
     heads: MedusaHeads, shape: tuple[int, int], ngram_worth: torch.Tensor, frequent: torch.Tensor
 ) -> DynamicDraft:
-    """The tree that heads, n-grams and a vocabulary of ``frequent`` ids grow; heads with projections guess any token.
+    """The tree that heads and n-grams grow; heads without a draft vocabulary guess only ``frequent`` ids.
 
     ``shape`` is the number of nodes and how deep the heads guess.
     """
-    vocabulary = DraftVocabulary(heads, frequent) if heads.projection is None else None
-    return DynamicDraft(heads, shape[0], heads.weight.device, ngram_worth, vocabulary, shape[1])
+    heads = heads.limited_to(frequent) if heads.vocabulary is None else heads
+    return DynamicDraft(heads, shape[0], heads.weight.device, ngram_worth, shape[1])
 
 
 def refuse_deep(tree: Tree, heads: MedusaHeads | None) -> None:

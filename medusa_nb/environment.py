@@ -23,22 +23,23 @@ def check_requirements(file=ROOT / "requirements.txt") -> list[str]:
 
 
 def estimate_minutes(settings: WalkSettings, latency: dict[int, float]) -> dict[str, float]:
-    """Minutes of each notebook, from t(n) of this machine.
+    """Minutes of each notebook, from t(n) of this machine; the factors come from a run of the walk.
 
-    Distillation and hidden states read 64 rows a pass; training costs about as much as four such rows
-    for each position of each epoch, for two kinds of heads; measuring decodes with four decoders in two number
-    formats and compiles a step for every tree size, a dozen seconds each.
+    Distillation reads 64 rows a pass; training costs about one such row for each position of each epoch, for two
+    kinds of heads; measuring decodes with four decoders in two number formats, and a step is compiled for every
+    tree shape and for the plain loop, which takes as long as some thousand eager passes.
     """
-    tokens = 0.4 * settings.max_new_tokens  # of an average answer
+    tokens = 0.15 * settings.max_new_tokens  # of an average answer
     answers = settings.train_prompts + settings.calibration_prompts + settings.prose_prompts
     row = latency[64] / 64
-    positions = 0.3 * settings.train_prompts * tokens * settings.epochs  # without the answers that loop
-    compared = 3 * 0.3 * settings.comparison_conversations * tokens * settings.epochs
-    decoded = settings.test_prompts * tokens * settings.repeats * 4 * 2
+    positions = settings.train_prompts * tokens * settings.epochs
+    compared = 3 * settings.prose_prompts * tokens * settings.epochs
+    compiled = 2 * (len(settings.tree_shapes) + 1)
+    decoded = settings.test_prompts * tokens * settings.repeats * 2
     seconds = {
         "01": 10 + 30 * sum(latency.values()),
-        "02": 15 + 2 * answers * tokens * row,
-        "03": 15 + 2 * 4 * positions * row,
-        "04": 20 + 4 * compared * row + decoded * latency[1] + 2 * 12 * (len(settings.tree_shapes) + 1),
+        "02": 15 + 2.8 * answers * tokens * row,
+        "03": 40 + 2.2 * positions * row,
+        "04": 80 + 1.3 * compared * row + (3 * decoded + 4000 * compiled) * latency[1],
     }
     return {name: value / 60 for name, value in seconds.items()}

@@ -20,9 +20,15 @@ def export_tgi(heads: MedusaHeads, folder: Path, version: int = 2, **_) -> None:
     """The original Medusa's layout, which TGI reads: version 2 shares lm_head, version 1 has projections.
 
     Raises:
-        InputError: heads that see the path; version 2 with own projections or other than one block.
+        InputError: heads that see the path or guess few tokens only; version 2 with own projections or other than one
+            block.
     """
     _refuse_path(heads, "TGI")
+    if heads.vocabulary is not None:
+        raise InputError(
+            f"these heads guess only {len(heads.vocabulary)} tokens, and TGI's format has no place for such a "
+            "draft vocabulary; export heads that guess any token"
+        )
     if version == 2 and heads.projection is not None:
         raise InputError("these heads have their own projections, which is version 1; export with --version 1")
     if version == 2 and heads.num_layers != 1:
@@ -52,29 +58,30 @@ def export_vllm(
 
     Raises:
         InputError: heads that see the path, an lm_head with a bias, or a draft vocabulary that is unknown or no
-            smaller than the vocabulary (the reader would ignore ``token_map``).
+            smaller than the vocabulary (the reader would ignore ``token_map``); one for heads that have their own.
     """
     _refuse_path(heads, "vLLM")
     _refuse_bias(heads, "vLLM")
-    vocabulary = heads.shared[0].weight.shape[0]
-    tensors, kept = {}, slice(None)
+    vocabulary, tensors = heads.shared[0].weight.shape[0], {}
     if draft_vocabulary is not None:
-        kept = tensors["token_map"] = _token_map(draft_vocabulary, calibration, vocabulary)
+        heads = heads.limited_to(_token_map(draft_vocabulary, calibration, vocabulary))
+    if heads.vocabulary is not None:
+        tensors["token_map"] = heads.vocabulary
     for k in range(heads.num_heads):
         for layer in range(heads.num_layers):
             tensors[f"blocks.{k}.layers.{layer}.weight"] = heads.weight[k, layer]
             tensors[f"blocks.{k}.layers.{layer}.bias"] = heads.bias[k, layer]
         if heads.projection is not None:
-            tensors[f"lm_heads.{k}.weight"] = heads.projection[k][kept]
+            tensors[f"lm_heads.{k}.weight"] = heads.projection[k]
     lm_head = heads.shared[0].weight
     if heads.projection is None:
-        tensors["lm_heads.0.weight"] = lm_head[kept]
+        tensors["lm_heads.0.weight"] = lm_head if heads.vocabulary is None else heads.shared_rows
     config = dict(
         model_type="medusa",
         architectures=["MedusaModel"],
         hidden_size=lm_head.shape[1],
         vocab_size=vocabulary,
-        truncated_vocab_size=draft_vocabulary or vocabulary,
+        truncated_vocab_size=vocabulary if heads.vocabulary is None else len(heads.vocabulary),
         num_heads=heads.num_heads,
         num_hidden_layers=heads.num_layers,
         medusa_fc_bias=True,

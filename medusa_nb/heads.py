@@ -36,6 +36,9 @@ class MedusaHeads(nn.Module):
             residual block per head reads the embeddings of all tokens between the hidden state and its guess,
             the root first, which the base model itself says, then the guesses above (Hydra, Ankner et al.,
             arXiv 2402.05109, section 3). No server's format holds this block.
+        vocabulary: ids ``[V']`` of the only tokens that are guessed; logits then have V' columns, and a projection
+            V' rows. Rare tokens are then never guessed, which costs little: the base model still says them itself
+            (FR-Spec, arXiv 2502.14856).
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class MedusaHeads(nn.Module):
         num_layers: int = 1,
         own_projection: bool = False,
         embedding: nn.Module | None = None,
+        vocabulary: torch.Tensor | None = None,
     ):
         super().__init__()
         if num_heads < 1 or num_layers < 0:
@@ -55,9 +59,15 @@ class MedusaHeads(nn.Module):
         shape = (num_heads, num_layers, hidden_size)
         self.weight = nn.Parameter(torch.zeros(*shape, hidden_size, dtype=like.dtype, device=like.device))
         self.bias = nn.Parameter(torch.zeros(*shape, dtype=like.dtype, device=like.device))
-        self.projection = None
-        if own_projection:
-            self.projection = nn.Parameter(like.detach().expand(num_heads, *like.shape).clone())
+        rows = like.detach()
+        # buffers of a module: a compiled step then holds them as constants, laid out for its number of rows
+        for name in ("vocabulary", "known_places", "shared_rows"):
+            self.register_buffer(name, None)
+        if vocabulary is not None:
+            self.vocabulary = vocabulary.to(like.device)
+            self.known_places = _places(self.vocabulary, len(like))
+            self.shared_rows = rows = rows[self.vocabulary]
+        self.projection = nn.Parameter(rows.expand(num_heads, *rows.shape).clone()) if own_projection else None
         self.path_weight = self.path_bias = None
         if embedding is not None:
             wide, seen = hidden_size, embedding.weight.shape[1]
@@ -68,14 +78,34 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def for_model(
-        cls, model, num_heads: int = 4, num_layers: int = 1, own_projection: bool = False, see_path: bool = False
+        cls,
+        model,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        own_projection: bool = False,
+        see_path: bool = False,
+        vocabulary: torch.Tensor | None = None,
     ):
         """Fresh heads that fit a base model: its hidden size, vocabulary, device and dtype."""
         lm_head = model.get_output_embeddings()
         embedding = model.get_input_embeddings() if see_path else None
-        heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection, embedding)
+        heads = cls(lm_head, lm_head.weight.shape[1], num_heads, num_layers, own_projection, embedding, vocabulary)
         heads.base_name = model.config._name_or_path
         return heads
+
+    def limited_to(self, ids: torch.Tensor) -> "MedusaHeads":
+        """The same heads, with the same weights, guessing only the tokens ``ids``: fewer logits at every step."""
+        if self.vocabulary is not None:
+            raise InputError(
+                f"these heads guess only {len(self.vocabulary)} tokens already; limit those they came from"
+            )
+        wide, own = self.weight.shape[-1], self.projection is not None
+        limited = MedusaHeads(self.shared[0], wide, self.num_heads, self.num_layers, own, self.shared[1], ids)
+        limited.weight, limited.bias, limited.base_name = self.weight, self.bias, self.base_name
+        limited.path_weight, limited.path_bias = self.path_weight, self.path_bias
+        if own:
+            limited.projection = nn.Parameter(self.projection.detach()[:, limited.vocabulary], requires_grad=False)
+        return limited.requires_grad_(self.weight.requires_grad)
 
     @property
     def num_heads(self) -> int:
@@ -90,19 +120,22 @@ class MedusaHeads(nn.Module):
         """Whether the heads read the tokens between the hidden state and their guess, too."""
         return self.path_weight is not None
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        count: int | None = None,
-        path: torch.Tensor | None = None,
-        projection: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def tokens(self, places: torch.Tensor) -> torch.Tensor:
+        """The token ids whose logits stand at these places."""
+        return places if self.vocabulary is None else self.vocabulary[places]
+
+    def places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where the logits of these token ids stand; -1 for a token that is never guessed, negative ids as they are."""
+        if self.vocabulary is None:
+            return tokens
+        return torch.where(tokens < 0, tokens, self.known_places[tokens.clamp(min=0)])
+
+    def forward(self, hidden: torch.Tensor, count: int | None = None, path: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the first ``count`` heads (all by default): ``[..., D] -> [K, ..., V]``.
 
         Args:
             path: token ids ``[..., K]`` that come after these states, of which head k reads the first k + 1;
                 needed by heads that see the path, ignored by others.
-            projection: ``[V', D]`` to use in place of the shared lm_head: some of its rows.
         """
         count = self.num_heads if count is None else count
         x = self.blocks(hidden.reshape(-1, hidden.shape[-1]), count)
@@ -111,19 +144,19 @@ class MedusaHeads(nn.Module):
                 raise InputError("these heads see the path; pass the tokens that come after the states")
             path = path.reshape(-1, path.shape[-1])
             x = torch.stack([self.see(k, x[k], path[:, : k + 1]) for k in range(count)])
-        return self.project(x, 0, projection).reshape(count, *hidden.shape[:-1], -1)
+        return self.project(x, 0).reshape(count, *hidden.shape[:-1], -1)
 
-    def after(
-        self, k: int, x: torch.Tensor, path: torch.Tensor, projection: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def after(self, k: int, x: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, P, V]`` of head k below P paths: ``x`` ``[B, D]`` from :meth:`blocks`, ids ``[B, P, k + 1]``."""
         x = x.unsqueeze(1)
         if self.sees_path:
             x = self.see(k, x.expand(-1, path.shape[1], -1), path)
-        return self.project(x.flatten(0, 1).unsqueeze(0), k, projection).view(*x.shape[:2], -1)
+        return self.project(x.flatten(0, 1).unsqueeze(0), k).view(*x.shape[:2], -1)
 
     def blocks(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
         """The residual blocks of the first ``count`` heads: ``[R, D] -> [count, R, D]``."""
+        if not self.num_layers:
+            return hidden.expand(count, *hidden.shape)
         weight, bias = self.weight[:count], self.bias[:count]
         # all heads read the same state, so their first layers are one matrix
         first = F.linear(hidden, weight[:, 0].flatten(0, 1), bias[:, 0].flatten())
@@ -137,16 +170,15 @@ class MedusaHeads(nn.Module):
         seen = self.shared[1](path).to(x.dtype).flatten(-2)
         return x + F.silu(F.linear(torch.cat([x, seen], -1), self.path_weight[k], self.path_bias[k]))
 
-    def project(self, x: torch.Tensor, first: int, projection: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Logits of n heads from head ``first`` on: ``[n, R, D] -> [n, R, V]``."""
-        if projection is not None:
-            return F.linear(x, projection)
-        if self.projection is None:
-            return self.shared[0](x)
-        return x @ self.projection[first : first + len(x)].transpose(1, 2)
+        if self.projection is not None:
+            # one by one: a compiled step lays out each matrix for its number of rows
+            return torch.stack([F.linear(rows, self.projection[first + k]) for k, rows in enumerate(x)])
+        return self.shared[0](x) if self.vocabulary is None else F.linear(x, self.shared_rows)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by the names of the original Medusa's format (and ``{k}.path.*`` beyond it)."""
+        """All tensors by the names of the original Medusa's format (``{k}.path.*`` and ``vocabulary`` beyond it)."""
         tensors = {}
         for k in range(self.num_heads):
             for layer in range(self.num_layers):
@@ -156,6 +188,8 @@ class MedusaHeads(nn.Module):
                 tensors[f"{k}.{self.num_layers}.weight"] = self.projection[k]
             if self.sees_path:
                 tensors |= {f"{k}.path.weight": self.path_weight[k], f"{k}.path.bias": self.path_bias[k]}
+        if self.vocabulary is not None:
+            tensors["vocabulary"] = self.vocabulary
         return tensors
 
     def config(self) -> dict:
@@ -170,6 +204,8 @@ class MedusaHeads(nn.Module):
         )
         if self.sees_path:
             config["sees_path"] = True  # no server knows it, so no server takes these heads for plain ones
+        if self.vocabulary is not None:
+            config["draft_vocabulary_size"] = len(self.vocabulary)
         return config
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -217,8 +253,10 @@ class MedusaHeads(nn.Module):
             warnings.warn(f"the config states {count} heads, {file} holds {held}; using {held}", stacklevel=3)
             count = held
         own = f"0.{layers}.weight" in tensors
-        heads = cls.for_model(model, count, layers, own, config.get("sees_path", False))
-        _refuse_other_base(Path(file).parent, config, tensors, heads)
+        _refuse_other_base(Path(file).parent, config, tensors, model.get_output_embeddings().weight)
+        heads = cls.for_model(
+            model, count, layers, own, config.get("sees_path", False), _vocabulary(config, tensors, file)
+        )
         expected = {name: tensor.shape for name, tensor in heads.tensors().items()}
         if missing := sorted(expected.keys() - tensors.keys()):
             raise InputError(f"{file} lacks {', '.join(missing)}; save the heads again")
@@ -253,14 +291,32 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{file} is damaged or cut short ({error}); save the heads again") from error
 
 
-def _refuse_other_base(folder: Path, config: dict, tensors: dict, heads: MedusaHeads) -> None:
-    vocabulary, hidden = heads.shared[0].weight.shape
+def _places(vocabulary: torch.Tensor, size: int) -> torch.Tensor:
+    """For each of ``size`` tokens its place in the vocabulary ``[V']``, -1 if it is not in it."""
+    good = vocabulary.ndim == 1 and len(vocabulary) > 0 and vocabulary.dtype == torch.long
+    if not good or len(vocabulary.unique()) < len(vocabulary) or not 0 <= vocabulary.min() <= vocabulary.max() < size:
+        raise InputError(f"a draft vocabulary is a list of different token ids from 0 to {size - 1}; this one is not")
+    places = torch.full((size,), -1, device=vocabulary.device)
+    places[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
+    return places
+
+
+def _vocabulary(config: dict, tensors: dict, file: str | Path) -> torch.Tensor | None:
+    """The draft vocabulary that a file holds, None if the config states none."""
+    stated, ids = config.get("draft_vocabulary_size"), tensors.get("vocabulary")
+    if stated is not None and (ids is None or len(ids) != stated):
+        raise InputError(f"{file} lacks the draft vocabulary of {stated} tokens that {CONFIG} states; save them again")
+    return None if stated is None else ids
+
+
+def _refuse_other_base(folder: Path, config: dict, tensors: dict, lm_head: torch.Tensor) -> None:
+    vocabulary, hidden = lm_head.shape
     stated = config.get("base_model_name_or_path", "another base model")
     first = tensors.get("0.0.linear.weight")
     found = first.shape[-1] if first is not None else config.get("hidden_size", hidden)
     if found != hidden:
         raise InputError(f"the heads in '{folder}' are for {stated} (hidden size {found}), this model has {hidden}")
-    own = tensors.get(f"0.{config['medusa_num_layers']}.weight")
+    own = tensors.get(f"0.{config['medusa_num_layers']}.weight") if "draft_vocabulary_size" not in config else None
     found = own.shape[0] if own is not None else config.get("vocab_size", vocabulary)
     if found != vocabulary:
         raise InputError(f"the heads in '{folder}' are for {stated} (vocabulary {found}), this model has {vocabulary}")

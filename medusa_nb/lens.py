@@ -55,7 +55,8 @@ class Lens:
         logits = self.heads(self.hidden[t], path=torch.tensor(path, device=self.hidden.device))
         top = logits.float().softmax(-1).topk(self.count)
         true = [self.ids[i] if i < len(self.ids) else None for i in range(t + 2, t + 2 + self.heads.num_heads)]
-        best = [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        tokens = self.heads.tokens(top.indices).tolist()
+        best = [list(zip(*row, strict=True)) for row in zip(tokens, top.values.tolist(), strict=True)]
         return [Guess(*both) for both in zip(best, true, strict=True)]
 
     def html(self, place: int) -> str:

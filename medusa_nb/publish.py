@@ -34,8 +34,9 @@ def model_card(repo: str, to: str, heads, results: dict | None = None) -> str:
     ]
     lines += ["tags:", "- medusa", "- speculative-decoding", "---", "", f"# {repo.split('/')[-1]}", ""]
     lines += [
-        f"{heads.num_heads} Medusa heads ({heads.num_layers} residual block each"
-        f"{', which see the path' if heads.sees_path else ''}) for `{base}`. "
+        f"{heads.num_heads} Medusa heads ({heads.num_layers + heads.sees_path} residual block each"
+        f"{', which see the path' if heads.sees_path else ''}"
+        f"{f', guessing {len(heads.vocabulary):,} tokens' if heads.vocabulary is not None else ''}) for `{base}`. "
         "The base model is unchanged, and greedy text is the base model's own.",
         "",
         "## Load",

@@ -121,12 +121,14 @@ def check(folder: str | Path, to: str, heads, model, prompt: torch.Tensor) -> st
         return _check_transformers(folder, model, prompt)
     lm_head = model.get_output_embeddings().weight.float()
     hidden = model.base_model(input_ids=prompt).last_hidden_state[0].float()
-    theirs = READERS[to](folder, lm_head, hidden)
+    theirs, every = READERS[to](folder, lm_head, hidden), len(lm_head)
+    if heads.vocabulary is not None:
+        theirs = theirs[..., heads.vocabulary]
     ours = heads(hidden.to(heads.weight.dtype)).float()
     if theirs.shape != ours.shape:
         raise InputError(f"'{folder}' gives logits of the shape {list(theirs.shape)}, ours are {list(ours.shape)}")
     guessed = theirs != -torch.inf
-    count, every = int(guessed[0, 0].sum()), theirs.shape[-1]
+    count = int(guessed[0, 0].sum())
     gap = (theirs - ours)[guessed].abs().max().item() if count else torch.inf
     allowed = 1e-5 if heads.weight.dtype == torch.float32 else 0.5
     if not gap <= allowed * max(1.0, ours.abs().max().item()):

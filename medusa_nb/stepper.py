@@ -44,15 +44,14 @@ class Passes:
             while parent >= 0:
                 above.insert(0, step.tokens[parent])
                 parent = tree.parents[parent]
-            k = len(above) - 1
-            if k >= self.heads.num_heads:
-                result.append((float("nan"), -1))  # copied, deeper than there are heads
+            k, place = len(above) - 1, self.heads.places(torch.tensor(step.tokens[node])).item()
+            if k >= self.heads.num_heads or place < 0:
+                result.append((float("nan"), -1))  # copied: deeper than there are heads, or what they never guess
                 continue
             path = torch.tensor(above, device=hidden.device)[None, None]
             seen = self.heads.after(k, blocks[k], path) if self.heads.sees_path else self.heads.project(blocks, 0)[k]
             chance = seen.float().flatten().softmax(-1)
-            value = chance[step.tokens[node]]
-            result.append((value.item(), int((chance > value).sum())))
+            result.append((chance[place].item(), int((chance > chance[place]).sum())))
         return result
 
     def labels(self, number: int) -> tuple[list[str], list[str]]:

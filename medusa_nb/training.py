@@ -23,6 +23,8 @@ from medusa_nb.features import IGNORED, Features
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.progress import is_headless
 
+NEVER = 2**30  # the rank of a token that heads with a draft vocabulary do not guess
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -69,12 +71,14 @@ class HeadsWithLoss(nn.Module):
         hidden = hidden.to(self.heads.weight.dtype)
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.heads(hidden, path=labels[:, :-1].clamp(min=0))  # [K, B, V]
-        soft = (
-            (likely[:, : len(logits)], self.soft_share * probabilities[:, : len(logits)]) if self.soft_share else None
-        )
-        losses, _ = head_losses(logits, labels[:, 1 : len(logits) + 1], soft)
+        soft, count = None, len(logits)
+        if self.soft_share:
+            places = self.heads.places(likely[:, :count])
+            soft = places.clamp(min=0), self.soft_share * probabilities[:, :count].masked_fill(places < 0, 0)
+        places = self.heads.places(labels[:, 1 : count + 1])
+        losses, _ = head_losses(logits, places.masked_fill(places < 0, IGNORED), soft)
         decay = self.depth_decay ** torch.arange(len(losses), device=losses.device)
-        return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach())
+        return dict(loss=(losses * decay).sum(), head_loss=losses.detach(), logits=logits.detach(), places=places)
 
 
 def head_losses(
@@ -84,8 +88,8 @@ def head_losses(
 
     Args:
         logits: ``[K, B, V]``.
-        labels: ``[B, K]``, :data:`IGNORED` where there is nothing to guess.
-        soft: ids and weights ``[B, K, M]`` of further tokens to guess; the label has the rest of the weight 1.
+        labels: ``[B, K]``, places among the V logits; :data:`IGNORED` where there is nothing to guess.
+        soft: places and weights ``[B, K, M]`` of further tokens to guess; the label has the rest of the weight 1.
 
     Returns:
         Losses ``[K]`` (0 for a head without a label in this batch) and the number of labels ``[K]``.
@@ -127,16 +131,18 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if started else 1
 
 
-def label_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def label_ranks(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Rank of each true token among a head's guesses: ``[K, B, V]``, ``[B, K]`` -> ``[B, K]``.
 
-    0 is the head's best guess; -1 where there is no label. Ties count as in ``topk``: earlier ids first.
+    ``places`` says where the true tokens' logits stand, see :meth:`MedusaHeads.places`. 0 is the head's best guess; -1
+    where there is no label; :data:`NEVER` for a token that it never guesses. Ties count as in ``topk``: earlier places
+    first.
     """
-    gold = labels.T.clamp(min=0).unsqueeze(-1)  # [K, B, 1]
+    gold = places.T.clamp(min=0).unsqueeze(-1)  # [K, B, 1]
     score = logits.gather(-1, gold)
     earlier = torch.arange(logits.shape[-1], device=logits.device) < gold
     ranks = (logits > score).sum(-1) + ((logits == score) & earlier).sum(-1)
-    return torch.where(labels == IGNORED, -1, ranks.T)
+    return torch.where(places == IGNORED, -1, torch.where(places < 0, NEVER, ranks.T))
 
 
 @torch.inference_mode()
@@ -147,7 +153,8 @@ def rank_table(heads: MedusaHeads, features: Features, batch: int = 1024) -> tor
     for start in range(0, len(features), batch):
         rows = features.hidden[start : start + batch].to(device, dtype)
         labels = features.labels[start : start + batch, : heads.num_heads + 1].to(device)
-        table.append(label_ranks(heads(rows, path=labels[:, :-1].clamp(min=0)), labels[:, 1:]).cpu())
+        logits = heads(rows, path=labels[:, :-1].clamp(min=0))
+        table.append(label_ranks(logits, heads.places(labels[:, 1:])).cpu())
     return torch.cat(table)
 
 
@@ -166,7 +173,7 @@ class HeadsTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         if model.training and self.state.global_step % self.args.logging_steps == 0:
-            ranks = label_ranks(outputs["logits"][:, :128], inputs["labels"][:128, 1 : len(outputs["logits"]) + 1])
+            ranks = label_ranks(outputs["logits"][:, :128], outputs["places"][:128])
             self.head_log = {}
             for k, scores in enumerate(accuracy(ranks)):
                 self.head_log[f"head{k}_loss"] = round(outputs["head_loss"][k].item(), 4)
@@ -288,6 +295,7 @@ def _claim(folder: Path, settings: TrainingSettings, heads: MedusaHeads, feature
     claim = asdict(settings) | dict(
         heads=heads.num_heads, layers=heads.num_layers, own_projection=own, see_path=heads.sees_path
     )
+    claim |= dict(vocabulary=None if heads.vocabulary is None else heads.vocabulary.tolist())
     claim |= dict(features=features.about.get("key"), positions=len(features))
     if note.exists() and json.loads(note.read_text()) != claim:
         raise InputError(

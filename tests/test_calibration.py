@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from medusa_nb.calibration import FILE, SPEEDS, Calibration, calibrate
+from medusa_nb.calibration import FILE, SPEEDS, Calibration, calibrate, draft_vocabulary
 from medusa_nb.errors import InputError
 from medusa_nb.features import cache_features, encode_conversation
 from medusa_nb.heads import MedusaHeads
@@ -66,3 +66,9 @@ def test_the_most_frequent_tokens_of_the_draft_vocabulary():
     assert by_id.most_frequent(3).tolist() == [2, 7, 9]  # all of them: their order does not matter
     with pytest.raises(InputError, match="does not say which tokens are most frequent"):
         by_id.most_frequent(2)
+
+
+def test_a_draft_vocabulary_of_nothing_is_refused(tokenizer):
+    with pytest.raises(InputError, match="of 0 tokens is none"):
+        draft_vocabulary(tokenizer, [], 0)
+    assert draft_vocabulary(tokenizer, [], None) is None

@@ -17,7 +17,12 @@ def answers(tmp_path_factory):
 
 def test_distill_train_generate_measure(answers, tmp_path, capsys):
     heads = tmp_path / "heads"
-    assert main(["train", str(answers), str(heads), "--heads", "2", "--epochs", "1", "--dtype", "float32"]) == 0
+    how = ["--heads", "2", "--epochs", "1", "--dtype", "float32"]
+    kind = ["--layers", "0", "--own-projection", "--see-path", "--draft-vocabulary", "40"]
+    assert main(["train", str(answers), str(tmp_path / "few_words"), *how, *kind]) == 0
+    assert json.loads((tmp_path / "few_words" / "config.json").read_text())["draft_vocabulary_size"] == 40
+    assert main(["generate", str(tmp_path / "few_words"), "def f(x):", "--max-new-tokens", "8", *how[4:]]) == 0
+    assert main(["train", str(answers), str(heads), *how]) == 0
     assert {"config.json", "medusa_lm_head.safetensors", "calibration.json"} <= {f.name for f in heads.iterdir()}
     capsys.readouterr()
     assert main(["generate", str(heads), "def f(x):", "--max-new-tokens", "8", "--dtype", "float32"]) == 0

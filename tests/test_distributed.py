@@ -56,16 +56,21 @@ def losses(out) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("states", ["online", "cached"])
-def test_two_processes_train_the_heads_of_one(setting, tmp_path, states):
-    how = dict(states=states, dataloader_drop_last=True)  # processes cannot share an odd last batch evenly
+FEW_WORDS = dict(medusa_num_layers=0, own_projection=True, see_path=True, draft_vocabulary=12)
+
+
+@pytest.mark.parametrize(("states", "kind"), [("online", {}), ("cached", {}), ("cached", FEW_WORDS)])
+def test_two_processes_train_the_heads_of_one(setting, tmp_path, states, kind):
+    how = dict(states=states, dataloader_drop_last=True) | kind  # processes cannot share an odd last batch evenly
     run(*parse_file(setting, tmp_path / "one", **how))
     done = torchrun(2, setting, tmp_path / "two", per_device_train_batch_size=4, **how)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
     model, _ = load_base_model(setting / "base", dtype="float32")
     one, two = (MedusaHeads.from_pretrained(tmp_path / name, model) for name in ("one", "two"))
-    assert torch.allclose(one.weight, two.weight, atol=1e-4) and one.weight.abs().sum() > 0
+    assert (one.vocabulary is None) == (not kind) and one.bias.numel() == (0 if kind else 2 * 32)
+    trained = (one.path_weight[1], two.path_weight[1]) if kind else (one.weight, two.weight)
+    assert torch.allclose(*trained, atol=1e-4) and trained[0].abs().sum() > 0
     assert len(json.loads(done.stdout[done.stdout.index("{\n") :])["accuracy"]) == 2
     record = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])
     assert {"head0_loss", "head0_top1", "head1_top5"} <= record.keys()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import random_model, random_tree, small_llama
 from test_decoding import CONFIGS, prompt, random_heads
-from test_heads import seeing_heads
+from test_heads import few_words_heads, seeing_heads
 
 from medusa_nb.decoding import Decoder, greedy_generate
-from medusa_nb.drafting import Candidates, DraftVocabulary, DynamicDraft, State, TreeDraft, frequent_tokens
+from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, frequent_tokens
 from medusa_nb.errors import InputError
 from medusa_nb.ngrams import ngram_guesses, ngram_worth
 from medusa_nb.tree import chain
@@ -122,9 +122,11 @@ WORTH = torch.tensor([[0.0] * 4, [0.3, 0.2, 0.1, 0.05], [0.6, 0.5, 0.4, 0.3], [0
 
 @pytest.mark.parametrize("config", CONFIGS[:6], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("worth", [None, WORTH], ids=["heads", "heads and n-grams"])
-def test_dynamic_trees_do_not_change_the_text(config, worth):
+@pytest.mark.parametrize("few", [False, True], ids=["any word", "few words"])
+def test_dynamic_trees_do_not_change_the_text(config, worth, few):
     model = random_model(config, seed=7)
-    draft = DynamicDraft(random_heads(model, 3, seed=7, see_path=True), 9, "cpu", worth)
+    heads = few_words_heads(model) if few else random_heads(model, 3, seed=7, see_path=True)
+    draft = DynamicDraft(heads, 9, "cpu", worth)
     decoder = Decoder(model, draft=draft, slots=3, capacity=52 + 40 + 9)
     prompts, ends = [prompt(length, seed=length)[0] for length in (1, 30, 52)], list(range(3, 50, 9))
     for ids, result in zip(prompts, decoder.generate(prompts, 40, ends), strict=True):
@@ -143,11 +145,11 @@ def test_certain_ngrams_come_before_doubtful_heads(small_model):
     assert candidates.copied[0].tolist() == [False, True, True, True, True]
 
 
-def test_the_compiled_dynamic_step_gives_the_same_text():
+@pytest.mark.parametrize("own", [False, True], ids=["shared lm_head", "own projections, tables"])
+def test_the_compiled_dynamic_step_gives_the_same_text(own):
     model = small_llama(seed=3)
-    draft = DynamicDraft(
-        seeing_heads(model, 3), 9, "cpu", WORTH, DraftVocabulary(seeing_heads(model, 3), torch.arange(40))
-    )
+    heads = few_words_heads(model) if own else seeing_heads(model, 3).limited_to(torch.arange(40))
+    draft = DynamicDraft(heads, 9, "cpu", WORTH)
     decoder = Decoder(model, draft=draft, capacity=96)
     decoder.compile()
     if decoder.why_eager:
@@ -172,6 +174,8 @@ def test_a_copied_token_that_a_head_guessed_too_is_checked_once(small_model):
 def test_drafts_that_are_refused(small_model):
     with pytest.raises(InputError, match="needs heads and at least 2 nodes"):
         DynamicDraft(random_heads(small_model, 2), 1, "cpu")
+    with pytest.raises(InputError, match="only 2 words cannot fill a tree of 30 nodes"):
+        DynamicDraft(random_heads(small_model, 2).limited_to(torch.tensor([3, 9])), 30, "cpu")
     with pytest.raises(InputError, match="3 guesses deep.*2 heads"):
         Decoder(small_model, random_heads(small_model, 2), chain(3), capacity=50)
 
@@ -179,7 +183,7 @@ def test_drafts_that_are_refused(small_model):
 def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
     heads, tree = seeing_heads(small_model, 2), chain(2)
     ids = torch.arange(1, 50, 2)
-    draft = TreeDraft(heads, tree, "cpu", DraftVocabulary(heads, ids))
+    draft = TreeDraft(heads.limited_to(ids), tree, "cpu")
     state = State(torch.tensor([3]), torch.randn(1, 32), torch.tensor([5]))
     expected = [3]
     for _ in range(2):
@@ -194,10 +198,3 @@ def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
 def test_frequent_tokens_are_those_said_most():
     assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [5, 2]
     assert frequent_tokens([[9, 2], [5]], 5).tolist() == [2, 5, 9]
-
-
-def test_own_projections_have_no_draft_vocabulary(small_model):
-    from medusa_nb.heads import MedusaHeads
-
-    with pytest.raises(InputError, match="own projections"):
-        DraftVocabulary(MedusaHeads.for_model(small_model, 1, own_projection=True), torch.arange(3))

@@ -101,6 +101,14 @@ def test_vllm_with_a_draft_vocabulary_guesses_its_tokens_only(tmp_path, small_mo
     assert f"{K} heads, 4 of 50 tokens" in check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
 
 
+@torch.no_grad()
+def test_vllm_takes_the_vocabulary_of_heads_that_have_one(tmp_path, small_model):
+    heads = random_heads(small_model, own=True).limited_to(torch.tensor([41, 7, 0]))
+    export(heads, tmp_path / "out", "vllm")
+    assert load_file(tmp_path / "out/model.safetensors")["token_map"].tolist() == [41, 7, 0]
+    assert "3 heads, 3 of 50 tokens" in check(tmp_path / "out", "vllm", heads, small_model, prompt(7))
+
+
 @pytest.mark.parametrize(
     ("token_map", "message"),
     [
@@ -140,12 +148,15 @@ def test_a_token_map_without_a_smaller_vocabulary_would_be_ignored(tmp_path, sma
         ("vllm", dict(draft_vocabulary=4, calibration=knowing(3, 1)), "the calibration knows 2"),
         ("vllm", dict(draft_vocabulary=2, calibration=knowing(1, 3, 5)), "calibrate the heads again"),
         ("vllm", dict(draft_vocabulary=50, calibration=knowing(*range(50))), "of 50 tokens is none"),
+        ("tgi", dict(limit=2), "guess only 2 tokens, and TGI's format has no place"),
+        ("vllm", dict(limit=2, draft_vocabulary=2, calibration=knowing(3, 1)), "guess only 2 tokens already"),
         ("tgi", dict(draft_vocabulary=2, calibration=knowing(3, 1)), "part of vllm's format only"),
     ],
 )
 def test_draft_vocabularies_that_cannot_be_held_are_refused(tmp_path, small_model, to, options, message):
+    limit, heads = options.get("limit"), random_heads(small_model)
     with pytest.raises(InputError, match=message):
-        export(random_heads(small_model), tmp_path / "out", to, **options)
+        export(heads if limit is None else heads.limited_to(torch.arange(limit)), tmp_path / "out", to, **options)
     assert not (tmp_path / "out").exists()
 
 

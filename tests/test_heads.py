@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa_nb.errors import InputError
 from medusa_nb.heads import CONFIG, WEIGHTS, MedusaHeads
+from medusa_nb.path_tables import PathTables
 
 SHAPES = [(K, layers, own) for K in range(1, 6) for layers in (1, 2) for own in (False, True)]
 
@@ -218,3 +219,81 @@ def test_heads_that_see_the_path_come_back_as_they_went(tmp_path, small_model):
 def test_heads_that_see_the_path_need_it(small_model):
     with pytest.raises(InputError, match="these heads see the path"):
         seeing_heads(small_model)(torch.randn(2, 32))
+
+
+FEW = torch.tensor([41, 7, 0, 30, 12])
+
+
+def few_words_heads(model, own=True, seed=0) -> MedusaHeads:
+    """Heads that guess only the tokens :data:`FEW`; the block that reads the path is their only one."""
+    heads = MedusaHeads.for_model(model, 3, num_layers=0, own_projection=own, see_path=True, vocabulary=FEW)
+    torch.manual_seed(seed)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return heads.requires_grad_(False)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_heads_with_a_draft_vocabulary_equal_a_loop(small_model, own):
+    heads, hidden, path = few_words_heads(small_model, own), torch.randn(4, 32), torch.randint(50, (4, 3))
+    logits, words = heads(hidden, path=path), small_model.get_input_embeddings()(path)
+    assert logits.shape == (3, 4, 5)
+    for k in range(3):
+        seen = torch.cat([hidden, *(words[:, i] for i in range(k + 1))], -1)
+        x = hidden + F.silu(F.linear(seen, heads.path_weight[k], heads.path_bias[k]))
+        rows = heads.projection[k] if own else small_model.lm_head.weight[FEW]
+        assert torch.allclose(logits[k], F.linear(x, rows), atol=1e-4)
+        assert torch.allclose(heads.after(k, heads.blocks(hidden, 3)[k], path[:, None, : k + 1])[:, 0], logits[k])
+    assert heads.tokens(logits[0].argmax(-1)).tolist() == [FEW[i].item() for i in logits[0].argmax(-1)]
+    assert heads.places(torch.tensor([[12, 41], [3, -100]])).tolist() == [[4, 0], [-1, -100]]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_limited_heads_say_of_few_words_what_they_said_of_all(small_model, own):
+    heads, hidden = random_heads(small_model, own=own), torch.randn(6, 32)
+    limited = heads.limited_to(FEW)
+    assert torch.allclose(limited(hidden), heads(hidden)[..., FEW], atol=1e-5)
+    assert limited.weight is heads.weight and heads.vocabulary is None
+    with pytest.raises(InputError, match="guess only 5 tokens already"):
+        limited.limited_to(FEW[:2])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_draft_vocabulary_comes_back_as_it_went(tmp_path, small_model, own):
+    heads, hidden, path = few_words_heads(small_model, own), torch.randn(4, 32), torch.arange(12).view(4, 3)
+    heads.save_pretrained(tmp_path)
+    again = MedusaHeads.from_pretrained(tmp_path, small_model)
+    assert torch.equal(again.vocabulary, FEW) and torch.equal(again(hidden, path=path), heads(hidden, path=path))
+    assert json.loads((tmp_path / CONFIG).read_text())["vocab_size"] == 50
+    rewrite(tmp_path, vocabulary=torch.tensor([41, 7, 0, 30, 50]))
+    with pytest.raises(InputError, match="different token ids from 0 to 49"):
+        MedusaHeads.from_pretrained(tmp_path, small_model)
+    rewrite(tmp_path, vocabulary=None)
+    with pytest.raises(InputError, match="lacks the draft vocabulary of 5 tokens"):
+        MedusaHeads.from_pretrained(tmp_path, small_model)
+
+
+@pytest.mark.parametrize("ids", [[3, 3], [50], [-1, 2], [], [[1, 2]], [1.0]])
+def test_what_is_no_draft_vocabulary_is_refused(small_model, ids):
+    with pytest.raises(InputError, match="different token ids from 0 to 49"):
+        MedusaHeads.for_model(small_model, 1, vocabulary=torch.tensor(ids))
+
+
+def test_heads_without_any_block_repeat_the_base_model(small_model):
+    hidden = torch.randn(9, 32)
+    logits = MedusaHeads.for_model(small_model, 2, num_layers=0)(hidden)
+    assert torch.allclose(logits[1], small_model.lm_head(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_tables_say_what_the_path_blocks_say(small_model, own):
+    heads = few_words_heads(small_model, own)
+    hidden, root = torch.randn(2, 32), torch.tensor([9, 41])
+    path = torch.cat([root.view(2, 1, 1).expand(2, 4, 1), FEW[torch.randint(5, (2, 4, 2))]], 2)
+    tables = PathTables.of(heads)
+    near = tables.near(hidden, root, 3)
+    for k in range(3):
+        expected = heads.after(k, heads.blocks(hidden, 3)[k], path[..., : k + 1])
+        assert torch.allclose(tables.after(k, hidden, near[k], path[..., : k + 1]), expected, atol=1e-4)
+    assert len(tables.near(hidden, root, 2)) == 2
+    assert PathTables.of(seeing_heads(small_model)) is None and PathTables.of(random_heads(small_model)) is None

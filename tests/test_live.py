@@ -127,6 +127,19 @@ def test_what_is_copied_deeper_than_there_are_heads_has_no_rank(tiny_model, toke
     assert deep and not any("%" in label for label in deep)
 
 
+def test_a_copied_token_that_the_heads_never_guess_has_no_rank(tiny_model, tokenizer):
+    heads = seeing_heads(tiny_model, 2).limited_to(torch.arange(100, 140))
+    growing = DynamicDraft(heads, 8, "cpu", torch.tensor([[0.0] * 5, [0.99] * 5]))
+    passes = stepper.Passes(Decoder(tiny_model, draft=growing, capacity=80), tokenizer, torch.tensor([7, 8] * 8), 20)
+    ranks = {True: [], False: []}  # of copied tokens, and of those that the heads guessed
+    for number, step in enumerate(passes.steps):
+        for node, (_, rank) in list(enumerate(passes.chances(number)))[1:]:
+            assert node in step.copied or 100 <= step.tokens[node] < 140
+            ranks[node in step.copied and not 100 <= step.tokens[node] < 140].append(rank)
+    assert ranks[True] and set(ranks[True]) == {-1}
+    assert ranks[False] and all(0 <= rank < 40 or rank == -1 for rank in ranks[False])
+
+
 def test_the_stepper_moves_and_leaves_a_picture(decoders, tokenizer, shown, monkeypatch):
     stepper.step_through(decoders["Medusa"], tokenizer, torch.arange(5, 15), 12)
     assert shown[0].startswith("pass 4 of ") and "tree mask" in shown[0]

@@ -16,6 +16,7 @@ from medusa_nb.errors import InputError
 from medusa_nb.features import IGNORED, Features
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.training import (
+    NEVER,
     HeadsWithLoss,
     TrainingSettings,
     accuracy,
@@ -93,6 +94,24 @@ def test_training_learns_and_leaves_the_base_model_alone(tmp_path, features, own
     assert not (tmp_path / "out" / "checkpoints").exists()
     again = MedusaHeads.from_pretrained(tmp_path / "out", model)
     assert torch.equal(weights(again), weights(heads))
+
+
+def test_heads_with_a_draft_vocabulary_learn_its_tokens_and_never_know_others(tmp_path, features, small_model):
+    rare = features.labels[0, 1]
+    words = features.labels[:, 1:3].unique()
+    words = words[(words >= 0) & (words != rare)]
+    heads = MedusaHeads.for_model(small_model, 2, num_layers=0, own_projection=True, see_path=True, vocabulary=words)
+    log = train_heads(heads, features, tmp_path / "out", SETTINGS)
+    ranks, labels = rank_table(heads, features), features.labels[:, 1:3]
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert bool((ranks[labels == rare] == NEVER).all()) and bool((ranks[labels == IGNORED] == -1).all())
+    known = (labels >= 0) & (labels != rare)
+    assert bool((ranks[known] < len(words)).all())
+    assert (ranks[:, 0][known[:, 0]] == 0).float().mean() > 0.9
+    share = (labels[:, 0] == rare).sum() / (labels[:, 0] >= 0).sum()
+    assert accuracy(ranks)[0]["top1"] <= 1 - share
+    again = MedusaHeads.from_pretrained(tmp_path / "out", small_model)
+    assert torch.equal(rank_table(again, features), ranks)
 
 
 def test_fewer_heads_than_features_train_the_first_ones(tmp_path, features, small_model):
