@@ -35,9 +35,12 @@ sys.path.insert(0, str(ROOT))
 
 from medusa_nb.base_model import has_native_bf16  # noqa: E402
 from medusa_nb.distillation import generate_batch, is_loop, loop_period  # noqa: E402
+from medusa_nb.errors import InputError  # noqa: E402
 from medusa_nb.source_code import Function, read_functions, split_of  # noqa: E402
 
 SEED = 0
+SHORT = 250  # characters of a prompt whose answer fits into the card
+PICKED = ROOT / "data" / "plausible_answers.txt"
 PERMISSIVE = ("MIT", "BSD", "APACHE", "PSF", "PYTHON SOFTWARE", "ISC", "HPND", "UNLICENSE", "0BSD", "ZLIB", "CC0")
 RESTRICTED = ("GPL", "MPL", "MOZILLA", "PROPRIETARY", "EPL", "CDDL")
 SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -443,20 +446,45 @@ def bits_per_byte(model, rows, functions: list[Function]) -> float:
 def judge_answers(model, tokenizer, functions: list[Function], max_new_tokens: int = 256) -> dict:
     """What greedy answers are like: the share that runs into a repetition loop (``medusa_nb.distillation.is_loop``),
     the share that is valid Python below its prompt, and the first dozen that answer short prompts."""
-    prompts = [row[:start].tolist() for row, start in tokenize(functions, tokenizer)]
-    answers = [tokens for tokens, _ in generate_batch(model, prompts, max_new_tokens, [4])]
+    answers = greedy_answers(model, tokenizer, functions, max_new_tokens)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
     valid = [is_python(f"{function.prompt}\n{text}") for function, text in zip(functions, texts, strict=True)]
-    samples = [  # without the docstrings, which are others' text
-        dict(id=function.id, signature=function.prompt.partition('"""')[0].rstrip(), answer=text)
-        for function, text in zip(functions, texts, strict=True)
-        if len(function.prompt) <= 250
-    ]
+    samples = [shown(f, text) for f, text in zip(functions, texts, strict=True) if len(f.prompt) <= SHORT]
     return dict(
         loops_test_stdlib=sum(map(is_loop, answers)) / len(answers),
         valid_test_stdlib=sum(valid) / len(answers),
         samples=samples[:12],
     )
+
+
+def picked_answers(model, tokenizer, functions: list[Function], file: Path, max_new_tokens: int = 256) -> dict:
+    """The greedy answers to the functions that somebody listed in ``file``, and how many answers were read for that.
+
+    A line of the file is an id; one that starts with # is a comment, and ``# answers read: N`` must be among them.
+    """
+    lines = file.read_text().splitlines()
+    read = [line.removeprefix("# answers read:") for line in lines if line.startswith("# answers read:")]
+    if not read:
+        raise InputError(f"'{file}' does not say how many answers were read; add a line '# answers read: N'")
+    known = {function.id: function for function in functions}
+    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if unknown := [name for name in ids if name not in known]:
+        raise InputError(f"'{file}' names '{unknown[0]}', which is none of the held-out functions; take it out")
+    chosen = [known[name] for name in ids]
+    answers = greedy_answers(model, tokenizer, chosen, max_new_tokens)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    return dict(picked=[shown(f, text) for f, text in zip(chosen, texts, strict=True)], answers_read=int(read[0]))
+
+
+def greedy_answers(model, tokenizer, functions: list[Function], max_new_tokens: int) -> list[list[int]]:
+    """The tokens of a greedy answer to each function's prompt."""
+    prompts = [row[:start].tolist() for row, start in tokenize(functions, tokenizer)]
+    return [tokens for tokens, _ in generate_batch(model, prompts, max_new_tokens, [4])]
+
+
+def shown(function: Function, text: str) -> dict:
+    """An answer for the card, without the docstring, which is others' text."""
+    return dict(id=function.id, signature=function.prompt.partition('"""')[0].rstrip(), answer=text)
 
 
 def is_python(text: str) -> bool:
@@ -528,6 +556,7 @@ def main() -> None:
     report["bits_per_byte_test_stdlib"] = bits_per_byte(model, tokenize(standard, tokenizer), standard)
     report["bits_per_byte_test_all_sources"] = bits_per_byte(model, tokenize(sample, tokenizer), sample)
     report |= judge_answers(model, tokenizer, random.Random(SEED).sample(standard, min(200, len(standard))))
+    report |= picked_answers(model, tokenizer, standard, PICKED)
     (arguments.work / "report.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
 

@@ -128,11 +128,10 @@ def base_model_facts(report: dict) -> str:
     return "\n".join(lines)
 
 
-def sample_answers(report: dict) -> str:
-    """What the base model answered to a dozen functions that it had never seen."""
+def sample_answers(samples: list[dict]) -> str:
+    """Answers of the base model to functions that it had never seen, each below its signature."""
     return "\n\n".join(
-        f"`{sample['id']}`\n\n```python\n{sample['signature']}\n{sample['answer'].rstrip()}\n```"
-        for sample in report["samples"]
+        f"`{sample['id']}`\n\n```python\n{sample['signature']}\n{sample['answer'].rstrip()}\n```" for sample in samples
     )
 
 
@@ -154,7 +153,9 @@ def readme(text: str, results: dict) -> str:
 
 def card(text: str, report: dict) -> str:
     """The base model's card with the figures of its recipe."""
-    return fill(text, {"facts": base_model_facts(report), "samples": sample_answers(report)})
+    blocks = {"facts": base_model_facts(report), "samples": sample_answers(report["samples"])}
+    read = f"{len(report['picked'])} of {report['answers_read']} answers that were read:"
+    return fill(text, blocks | {"picked": f"{read}\n\n{sample_answers(report['picked'])}"})
 
 
 def draw(results: dict, file: Path) -> None:

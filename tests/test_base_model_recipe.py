@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from medusa_nb.base_model import ROOT
+from medusa_nb.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,27 @@ def test_answers_are_judged_and_shown_without_docstrings(recipe, tokenizer, monk
     assert report["loops_test_stdlib"] == 1 / 4 and report["valid_test_stdlib"] == 3 / 4
     assert [sample["id"] for sample in report["samples"]] == ["f0", "f2", "f3"]
     assert report["samples"][0] == dict(id="f0", signature="@cached\ndef f0(x):", answer="    return x")
+
+
+def test_picked_answers_are_those_of_the_list(recipe, tokenizer, monkeypatch, tmp_path):
+    prompts = ["def f(x):", "def g(x):" + " " * 300, "def h(x):"]
+    functions = [recipe.Function(prompt[4], "f.py", prompt, "    return x") for prompt in prompts]
+    asked = []
+
+    def answer(model, prompts, limit, ends):
+        asked.extend(prompts)
+        return [(tokenizer(f"    return {i}")["input_ids"], True) for i in range(len(prompts))]
+
+    monkeypatch.setattr(recipe, "generate_batch", answer)
+    file = tmp_path / "list.txt"
+    file.write_text("# answers read: 40\n# by hand\nh\n\nf\n")
+    report = recipe.picked_answers(None, tokenizer, functions, file)
+    assert [(row["id"], row["answer"]) for row in report["picked"]] == [("h", "    return 0"), ("f", "    return 1")]
+    assert report["answers_read"] == 40 and len(asked) == 2
+    for text, message in (("# answers read: 9\nk", "names 'k', which is none"), ("f", "does not say how many answers")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            recipe.picked_answers(None, tokenizer, functions, file)
 
 
 @pytest.mark.parametrize(
