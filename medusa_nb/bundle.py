@@ -12,7 +12,7 @@ PARTS: dict[str, set[str] | None] = {
     "tree": {"Ranks", "Tree", "ROOT_ONLY"},
     "ngrams": {"ngram_guesses"},
     "heads": None,
-    "path_tables": None,
+    "fast_heads": None,
     "kv_cache": None,
     "drafting": None,
     "verification": None,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from medusa_nb.errors import InputError
+from medusa_nb.fast_heads import FastHeads
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.ngrams import ngram_guesses
-from medusa_nb.path_tables import PathTables
 from medusa_nb.tree import Tree
 
 
@@ -64,7 +64,7 @@ class TreeDraft:
 
     def __init__(self, heads: MedusaHeads | None, tree: Tree, device: torch.device | str):
         self.heads, self.tree = heads, tree
-        self.tables = None if heads is None else PathTables.of(heads)
+        self.fast = None if heads is None else FastHeads.of(heads)
         self.size, self.depth, self.width = len(tree), tree.depth, tree.width
         self.parents = torch.tensor([max(0, parent) for parent in tree.parents], device=device)
         self.depths = tree.depths().to(device)
@@ -93,7 +93,7 @@ class TreeDraft:
         tokens = state.root.unsqueeze(1)
         if self.size == 1:
             return tokens
-        guess = Guesser(self.heads, self.tables, state, self.depth, self.width)
+        guess = Guesser(self.heads, self.fast, state, self.depth, self.width)
         for k, level in enumerate(self.levels):
             ids, _ = guess(k, tokens[:, level.above])
             tokens = torch.cat([tokens, ids[:, level.parent, level.rank]], dim=1)
@@ -106,18 +106,18 @@ class Guesser:
     Heads that do not see the path guess the same below every path, so theirs are computed all at once.
     """
 
-    def __init__(self, heads: MedusaHeads, tables: PathTables | None, state: State, count: int, width: int):
-        self.heads, self.tables, self.hidden, self.width = heads, tables, state.hidden, width
-        if tables is not None:
-            self.near = tables.near(state.hidden, state.root, count)
+    def __init__(self, heads: MedusaHeads, fast: FastHeads | None, state: State, count: int, width: int):
+        self.heads, self.fast, self.hidden, self.width = heads, fast, state.hidden, width
+        if fast is not None:
+            self.near = fast.near(state.hidden, state.root, count)
         else:
             self.blocks = heads.blocks(state.hidden, count)  # [count, B, D]
         self.known = None if heads.sees_path else self.best(heads.project(self.blocks, 0))
 
     def __call__(self, k: int, paths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Head k's best guesses and their log-probabilities ``[B, P, width]`` below ``paths`` ``[B, P, k + 1]``."""
-        if self.tables is not None:
-            return self.best(self.tables.after(k, self.hidden, self.near[k], paths))
+        if self.fast is not None:
+            return self.best(self.fast.after(k, self.hidden, self.near[k], paths))
         if self.known is None:
             return self.best(self.heads.after(k, self.blocks[k], paths))
         return tuple(x[k].unsqueeze(1).expand(-1, paths.shape[1], -1) for x in self.known)
@@ -158,7 +158,7 @@ class DynamicDraft:
         if heads is None or size < 2:
             raise InputError(f"a tree of {size} nodes that grows needs heads and at least 2 nodes")
         self.heads, self.size, self.beam = heads, size, beam
-        self.tables = PathTables.of(heads)
+        self.fast = FastHeads.of(heads)
         self.reads_text = ngram_worth is not None
         self.copied = ngram_worth.shape[1] if self.reads_text else 0
         self.longest = len(ngram_worth) - 1 if self.reads_text else 0
@@ -195,7 +195,7 @@ class DynamicDraft:
         A path holds the numbers of the nodes above and the node's own, the root's 0 first, -1 beyond its end.
         """
         texts, device = len(state.root), state.root.device
-        guess = Guesser(self.heads, self.tables, state, self.levels, self.branch)
+        guess = Guesser(self.heads, self.fast, state, self.levels, self.branch)
         words = state.root.view(-1, 1, 1)  # [B, P, k + 1]: the tokens down to each node that gets children
         worth = torch.zeros(texts, 1, device=device)
         paths = torch.zeros(texts, 1, 1, dtype=torch.long, device=device)

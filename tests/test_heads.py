@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from conftest import small_llama
 from safetensors.torch import load_file, save_file
 
+from medusa_nb.compilation import compiling
 from medusa_nb.errors import InputError
+from medusa_nb.fast_heads import FEW_ROWS, FastHeads, Rows
 from medusa_nb.heads import CONFIG, WEIGHTS, MedusaHeads
-from medusa_nb.path_tables import PathTables
 
 SHAPES = [(K, layers, own) for K in range(1, 6) for layers in (1, 2) for own in (False, True)]
 
@@ -286,14 +287,38 @@ def test_heads_without_any_block_repeat_the_base_model(small_model):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_tables_say_what_the_path_blocks_say(small_model, own):
+def test_fast_heads_say_what_the_heads_say(small_model, own):
     heads = few_words_heads(small_model, own)
     hidden, root = torch.randn(2, 32), torch.tensor([9, 41])
     path = torch.cat([root.view(2, 1, 1).expand(2, 4, 1), FEW[torch.randint(5, (2, 4, 2))]], 2)
-    tables = PathTables.of(heads)
-    near = tables.near(hidden, root, 3)
+    fast = FastHeads.of(heads)
+    near = fast.near(hidden, root, 3)
     for k in range(3):
         expected = heads.after(k, heads.blocks(hidden, 3)[k], path[..., : k + 1])
-        assert torch.allclose(tables.after(k, hidden, near[k], path[..., : k + 1]), expected, atol=1e-4)
-    assert len(tables.near(hidden, root, 2)) == 2
-    assert PathTables.of(seeing_heads(small_model)) is None and PathTables.of(random_heads(small_model)) is None
+        assert torch.allclose(fast.after(k, hidden, near[k], path[..., : k + 1]), expected, atol=1e-4)
+    assert len(fast.near(hidden, root, 2)) == 2
+    assert FastHeads.of(seeing_heads(small_model)) is None and FastHeads.of(random_heads(small_model)) is None
+
+
+@pytest.mark.parametrize("count", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("wide", [64, 96])
+def test_rows_in_8_bits_are_nearly_those_in_16(count, wide):
+    torch.manual_seed(0)
+    weight, x = torch.randn(49, wide).bfloat16(), torch.randn(count, wide).bfloat16()
+    rows, exact = Rows(weight), x.float() @ weight.float().T
+    assert rows.in_8_bits == (wide == 64)
+    assert (rows(x) - exact).abs().max() < 0.02 * exact.abs().max()
+    assert torch.allclose(rows(x, 20).float(), rows(x)[:, :20].float(), atol=0.1)
+    assert not Rows(weight.float()).in_8_bits
+
+
+@torch.no_grad()
+def test_compiled_rows_in_8_bits_give_the_same():
+    rows, x = Rows(torch.randn(49, 64).bfloat16()), torch.randn(3, 64).bfloat16()
+    with compiling(torch.zeros(49, 64), rows=3, dynamic=""):
+        try:
+            run = torch.compile(rows.forward, fullgraph=True, dynamic=False)
+            compiled = run(x)
+        except Exception as error:
+            pytest.skip(f"no compiler: {error}")
+    assert rows.in_8_bits and torch.allclose(compiled.float(), rows(x).float(), atol=0.1)

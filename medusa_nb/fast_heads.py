@@ -1,0 +1,85 @@
+"""Trained heads laid out for a decoding step: the same guesses from fewer bytes.
+
+A step that guesses is bound by reading weights from memory, so there are three ways to read fewer:
+
+- A linear layer over several vectors is the sum of one for each: ``W [x, e0, e1] = A x + B e0 + C e1``. What the state
+  and the root add is the same below every path and computed once, for all heads together.
+- What a guess adds depends on nothing but its token, and a draft vocabulary has few: it is looked up in a table.
+- Guesses may be imprecise, for nothing they do can change the text: weights in 8 bits do as well.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from medusa_nb.heads import MedusaHeads
+
+FEW_ROWS = 8  # beyond that arithmetic counts, which is slower in 8 bits
+
+
+class Rows(nn.Module):
+    """A matrix ``[O, I]`` that few rows are multiplied by: kept in 8 bits, too, where torch has a fast kernel for it.
+
+    That is bf16 on a CPU; each of the O rows has a scale of its own.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        # the kernel reads the I numbers of a row in blocks and does not look where they end
+        self.in_8_bits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 64 == 0
+        if self.in_8_bits:
+            scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            self.register_buffer("whole", (weight.float() / scale).round().to(torch.int8))
+            self.register_buffer("scale", scale[:, 0].to(weight.dtype))
+
+    def forward(self, x: torch.Tensor, first: int | None = None) -> torch.Tensor:
+        """``[R, I] -> [R, O]``, or only the ``first`` so many columns of it."""
+        if self.in_8_bits and len(x) <= FEW_ROWS:
+            return torch._weight_int8pack_mm(x, self.whole[:first], self.scale[:first])
+        return F.linear(x, self.weight[:first])
+
+
+class FastHeads(nn.Module):
+    """Heads that see the path and have a draft vocabulary, in parts.
+
+    They must have no block before the one that reads the path; weights that change later are not noticed. The tables
+    are K (K - 1) / 2 of the size ``[V', D]``.
+    """
+
+    def __init__(self, heads: MedusaHeads):
+        super().__init__()
+        wide, embedding = heads.weight.shape[-1], heads.shared[1].weight.detach()
+        near = wide + embedding.shape[1]  # the columns that read the state and the root
+        words = embedding[heads.vocabulary].to(heads.weight.dtype)
+        self.heads = (heads,)  # in a tuple: their weights are not this module's
+        self.start = Rows(torch.cat([weight.detach()[:, :near] for weight in heads.path_weight]))
+        if heads.projection is None:
+            self.project = nn.ModuleList([Rows(heads.shared_rows)] * heads.num_heads)
+        else:
+            self.project = nn.ModuleList([Rows(rows) for rows in heads.projection.detach()])
+        for k, weight in enumerate(heads.path_weight):
+            parts = weight.detach()[:, near:].split(embedding.shape[1], dim=1)
+            self.register_buffer(f"table{k}", torch.stack([F.linear(words, part) for part in parts]) if k else None)
+
+    @classmethod
+    def of(cls, heads: MedusaHeads) -> "FastHeads | None":
+        """These heads laid out anew, None if they are of another kind."""
+        fits = heads.sees_path and heads.vocabulary is not None and not heads.num_layers
+        return cls(heads) if fits else None
+
+    def near(self, hidden: torch.Tensor, root: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        """What states ``[B, D]`` and roots ``[B]`` add to the first ``count`` heads' blocks: so many ``[B, D]``."""
+        heads = self.heads[0]
+        read = torch.cat([hidden, heads.shared[1](root).to(hidden.dtype)], -1)
+        added = self.start(read, count * hidden.shape[-1]).unflatten(1, (count, -1)) + heads.path_bias[:count]
+        return added.unbind(1)
+
+    def after(self, k: int, hidden: torch.Tensor, near: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, P, V']`` of head k below paths ``[B, P, k + 1]``; ``near`` is its part of :meth:`near`."""
+        total = near.unsqueeze(1).float().expand(-1, path.shape[1], -1)
+        places = self.heads[0].places(path[..., 1:])
+        for j in range(k):
+            total = total + getattr(self, f"table{k}")[j][places[..., j]].float()
+        x = hidden.unsqueeze(1) + F.silu(total).to(hidden.dtype)
+        return self.project[k](x.flatten(0, 1)).view(*x.shape[:2], -1)
