@@ -64,8 +64,10 @@ def export_vllm(
     _refuse_bias(heads, "vLLM")
     vocabulary, tensors = heads.shared[0].weight.shape[0], {}
     if draft_vocabulary is not None:
-        heads = heads.limited_to(_token_map(draft_vocabulary, calibration, vocabulary))
+        heads = heads.limited_to(_token_map(draft_vocabulary, calibration))
     if heads.vocabulary is not None:
+        if len(heads.vocabulary) == vocabulary:
+            raise InputError(f"a draft vocabulary of {vocabulary} tokens is none: the vocabulary has {vocabulary}")
         tensors["token_map"] = heads.vocabulary
     for k in range(heads.num_heads):
         for layer in range(heads.num_layers):
@@ -169,11 +171,9 @@ def _refuse_bias(heads: MedusaHeads, server: str) -> None:
         raise InputError(f"this base model's lm_head has a bias, and {server}'s format has no place for it")
 
 
-def _token_map(count: int, calibration: Calibration | None, vocabulary: int) -> torch.Tensor:
+def _token_map(count: int, calibration: Calibration | None) -> torch.Tensor:
     if calibration is None:
         raise InputError("a draft vocabulary needs the calibration beside the heads, which knows frequent tokens")
-    if count >= vocabulary:
-        raise InputError(f"a draft vocabulary of {count} tokens is none: the vocabulary has {vocabulary}")
     return calibration.most_frequent(count).long()
 
 

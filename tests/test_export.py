@@ -148,6 +148,7 @@ def test_a_token_map_without_a_smaller_vocabulary_would_be_ignored(tmp_path, sma
         ("vllm", dict(draft_vocabulary=4, calibration=knowing(3, 1)), "the calibration knows 2"),
         ("vllm", dict(draft_vocabulary=2, calibration=knowing(1, 3, 5)), "calibrate the heads again"),
         ("vllm", dict(draft_vocabulary=50, calibration=knowing(*range(50))), "of 50 tokens is none"),
+        ("vllm", dict(limit=50), "of 50 tokens is none"),
         ("tgi", dict(limit=2), "guess only 2 tokens, and TGI's format has no place"),
         ("vllm", dict(limit=2, draft_vocabulary=2, calibration=knowing(3, 1)), "guess only 2 tokens already"),
         ("tgi", dict(draft_vocabulary=2, calibration=knowing(3, 1)), "part of vllm's format only"),

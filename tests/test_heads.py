@@ -287,15 +287,19 @@ def test_heads_without_any_block_repeat_the_base_model(small_model):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_fast_heads_say_what_the_heads_say(small_model, own):
-    heads = few_words_heads(small_model, own)
-    hidden, root = torch.randn(2, 32), torch.tensor([9, 41])
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_fast_heads_say_what_the_heads_say(small_model, own, in_8_bits):
+    model = small_llama(hidden_size=64).bfloat16() if in_8_bits else small_model
+    heads, dtype, wide = few_words_heads(model, own), model.dtype, model.config.hidden_size
+    hidden, root = torch.randn(2, wide).to(dtype), torch.tensor([9, 41])
     path = torch.cat([root.view(2, 1, 1).expand(2, 4, 1), FEW[torch.randint(5, (2, 4, 2))]], 2)
     fast = FastHeads.of(heads)
     near = fast.near(hidden, root, 3)
+    assert fast.start.in_8_bits == fast.project[0].in_8_bits == in_8_bits
     for k in range(3):
         expected = heads.after(k, heads.blocks(hidden, 3)[k], path[..., : k + 1])
-        assert torch.allclose(fast.after(k, hidden, near[k], path[..., : k + 1]), expected, atol=1e-4)
+        gap = (fast.after(k, hidden, near[k], path[..., : k + 1]) - expected).abs().max()
+        assert gap < (0.03 * expected.abs().max() if in_8_bits else 1e-4)
     assert len(fast.near(hidden, root, 2)) == 2
     assert FastHeads.of(seeing_heads(small_model)) is None and FastHeads.of(random_heads(small_model)) is None
 
@@ -313,12 +317,8 @@ def test_rows_in_8_bits_are_nearly_those_in_16(count, wide):
 
 
 @torch.no_grad()
-def test_compiled_rows_in_8_bits_give_the_same():
+def test_compiled_rows_in_8_bits_give_the_same(compiler_works):
     rows, x = Rows(torch.randn(49, 64).bfloat16()), torch.randn(3, 64).bfloat16()
     with compiling(torch.zeros(49, 64), rows=3, dynamic=""):
-        try:
-            run = torch.compile(rows.forward, fullgraph=True, dynamic=False)
-            compiled = run(x)
-        except Exception as error:
-            pytest.skip(f"no compiler: {error}")
+        compiled = torch.compile(rows.forward, fullgraph=True, dynamic=False)(x)
     assert rows.in_8_bits and torch.allclose(compiled.float(), rows(x).float(), atol=0.1)

@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from test_heads import random_heads, seeing_heads
+from test_heads import few_words_heads, random_heads, seeing_heads
 
 from medusa_nb.errors import InputError
 from medusa_nb.export import export
@@ -97,3 +97,5 @@ def test_the_card_says_what_was_measured(small_model):
     assert "trust_remote_code=True" in card and "me/heads" in card
     bare = model_card("me/heads", "vllm", random_heads(small_model))
     assert "0.33 removed Medusa" in bare and "top-1" not in bare
+    few = model_card("me/heads", "transformers", few_words_heads(small_model))
+    assert "3 Medusa heads (1 residual block each, which see the path, guessing 5 tokens)" in few

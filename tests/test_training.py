@@ -255,6 +255,16 @@ def test_other_heads_do_not_go_on_from_a_checkpoint(tmp_path, features, small_mo
         train_heads(MedusaHeads.for_model(small_model, count, layers, own), features, tmp_path, SETTINGS)
 
 
+def test_another_draft_vocabulary_does_not_go_on_from_a_checkpoint(tmp_path, features, small_model):
+    words = features.labels[features.labels >= 0].unique()
+    with pytest.raises(KeyboardInterrupt):
+        train_heads(
+            MedusaHeads.for_model(small_model, 2, vocabulary=words), features, tmp_path, SETTINGS, [Interrupt(13)]
+        )
+    with pytest.raises(InputError, match="other settings, heads or features"):
+        train_heads(MedusaHeads.for_model(small_model, 2, vocabulary=words.flip(0)), features, tmp_path, SETTINGS)
+
+
 def test_bf16_base_model_stays_bf16(tmp_path, features):
     model = small_llama().to(torch.bfloat16)
     lm_head, before = model.get_output_embeddings(), fingerprint(model)
