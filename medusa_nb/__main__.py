@@ -178,8 +178,10 @@ def command_train(options) -> None:
         )
     features = cache_features(model, tokenizer, train, options.out / "features" / "train", options.heads)
     judge = cache_features(model, tokenizer, held_out, options.out / "features" / "calibration", options.heads)
-    words = draft_vocabulary(tokenizer, train, options.draft_vocabulary)
-    heads = MedusaHeads.for_model(model, options.heads, options.layers, options.own_projection, options.see_path, words)
+    vocabulary = draft_vocabulary(tokenizer, train, options.draft_vocabulary)
+    heads = MedusaHeads.for_model(
+        model, options.heads, options.layers, options.own_projection, options.see_path, vocabulary
+    )
     settings = TrainingSettings(options.epochs, options.batch_size, options.learning_rate)
     train_heads(heads, features, options.out, settings)
     calibrate(heads, judge, tokenizer, held_out, train).save(options.out)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from medusa_nb.drafting import frequent_tokens
 from medusa_nb.errors import InputError
 from medusa_nb.features import Features, encode_conversation
 from medusa_nb.heads import MedusaHeads
@@ -29,7 +28,7 @@ class Calibration:
         rank_counts: how often the true tokens had these ranks, see :func:`~medusa_nb.tree.count_ranks`.
         ngram_worth: how often tokens copied from the text are right, see :func:`~medusa_nb.ngrams.ngram_worth`.
         frequent: token ids of the draft vocabulary, most frequent first, see
-            :func:`~medusa_nb.drafting.frequent_tokens`; for heads that have none of their own.
+            :func:`frequent_tokens`; that of the heads themselves if they have one.
         prompts: some prompts' token ids, to count tokens per pass on.
     """
 
@@ -90,6 +89,12 @@ def own_words(tokenizer, conversations: list[dict]) -> list[list[int]]:
     return [[i for i, own in zip(x.ids, x.own, strict=True) if own] for x in encoded]
 
 
+def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
+    """The ``count`` ids that occur most often in answers, the most frequent first; equally frequent ones by id."""
+    tally = Counter(token for answer in answers for token in answer)
+    return torch.tensor(sorted(tally, key=lambda token: (-tally[token], token))[:count])
+
+
 def draft_vocabulary(tokenizer, conversations: list[dict], count: int | None) -> torch.Tensor | None:
     """The ``count`` ids that the model said most often in these conversations; None for no count: any token."""
     if count is not None and count < 1:
@@ -112,16 +117,19 @@ def calibrate(
 
     Args:
         features: of ``held_out``, see :func:`~medusa_nb.features.cache_features`.
-        held_out, train: conversations; the draft vocabulary is that of ``train``.
+        held_out, train: conversations; heads without a draft vocabulary get that of ``train``.
         ngram_tokens: how many tokens are copied at most.
         vocabulary_share: of all tokens, how many may be guessed.
         prompts: how many of the held-out prompts are kept.
     """
     said = [encode_conversation(tokenizer, row["messages"]) for row in held_out]
     said = [x for x in said if True in x.own]
+    frequent = heads.vocabulary
+    if frequent is None:
+        frequent = draft_vocabulary(tokenizer, train, max(2, int(len(tokenizer) * vocabulary_share)))
     return Calibration(
         count_ranks(rank_table(heads, features)),
         ngram_worth([x.ids for x in said], [x.own.index(True) for x in said], count=ngram_tokens),
-        draft_vocabulary(tokenizer, train, max(2, int(len(tokenizer) * vocabulary_share))),
+        frequent,
         [x.ids[: x.own.index(True)] for x in said[:prompts]],
     )

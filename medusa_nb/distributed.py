@@ -212,9 +212,9 @@ def run(options: HeadOptions, training: TrainingArguments) -> dict:
         raise InputError(f"'{options.data_path}' has no answers of the split 'train'")
     model, tokenizer = load(options, training)
     require_chat_template(tokenizer)
-    words = draft_vocabulary(tokenizer, rows, options.draft_vocabulary)
+    vocabulary = draft_vocabulary(tokenizer, rows, options.draft_vocabulary)
     heads = MedusaHeads.for_model(
-        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_path, words
+        model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection, options.see_path, vocabulary
     )
     positions = sum(row["completion_tokens"] for row in rows)
     sizes = estimate(model.config, positions)

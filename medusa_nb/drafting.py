@@ -4,7 +4,6 @@ A draft turns the state after the last accepted token into a candidate tree for 
 stays on the model's device, in fixed shapes.
 """
 
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -40,12 +39,6 @@ class Candidates(NamedTuple):
     depths: torch.Tensor
     ancestors: torch.Tensor
     copied: torch.Tensor | None = None
-
-
-def frequent_tokens(answers: list[list[int]], count: int) -> torch.Tensor:
-    """The ``count`` ids that occur most often in answers, the most frequent first; equally frequent ones by id."""
-    tally = Counter(token for answer in answers for token in answer)
-    return torch.tensor(sorted(tally, key=lambda token: (-tally[token], token))[:count])
 
 
 class Level(NamedTuple):
@@ -164,14 +157,14 @@ class DynamicDraft:
         self.longest = len(ngram_worth) - 1 if self.reads_text else 0
         self.log_worth = ngram_worth.log().to(device) if self.reads_text else None
         self.levels = min(heads.num_heads, size - 1, depth or heads.num_heads)
-        words = len(heads.shared[0].weight if heads.vocabulary is None else heads.vocabulary)
-        self.branch = min(size - 1, max(branch, -(-(size - 1) // self.levels)), words)  # enough to fill the tree
+        tokens = len(heads.shared[0].weight if heads.vocabulary is None else heads.vocabulary)
+        self.branch = min(size - 1, max(branch, -(-(size - 1) // self.levels)), tokens)  # enough to fill the tree
         depths, parents = [0], 1
         for k in range(self.levels):
             depths += [k + 1] * (parents * self.branch)
             parents = min(beam, parents * self.branch)
         if len(depths) < size:
-            raise InputError(f"heads that guess only {words} words cannot fill a tree of {size} nodes; ask for fewer")
+            raise InputError(f"heads that guess only {tokens} tokens cannot fill a tree of {size} nodes; ask for fewer")
         self.depths = torch.tensor(depths + list(range(1, self.copied + 1)), device=device)
         self.depth = max(self.levels, min(self.copied, size - 1))
 

@@ -17,26 +17,26 @@ from medusa_nb.heads import MedusaHeads
 FEW_ROWS = 8  # beyond that arithmetic counts, which is slower in 8 bits
 
 
-class Rows(nn.Module):
-    """A matrix ``[O, I]`` that few rows are multiplied by: kept in 8 bits, too, where torch has a fast kernel for it.
+class Int8Linear(nn.Module):
+    """A linear layer ``[O, I]`` for few rows, its weights quantized where torch has a fast kernel for it (bf16, CPU).
 
-    That is bf16 on a CPU; each of the O rows has a scale of its own.
+    Weights only, 8 bits each, with a scale for each of the O outputs; the weights in full serve many rows.
     """
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.register_buffer("weight", weight)
         # the kernel reads the I numbers of a row in blocks and does not look where they end
-        self.in_8_bits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 64 == 0
-        if self.in_8_bits:
+        self.quantized = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 64 == 0
+        if self.quantized:
             scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            self.register_buffer("whole", (weight.float() / scale).round().to(torch.int8))
+            self.register_buffer("int8", (weight.float() / scale).round().to(torch.int8))
             self.register_buffer("scale", scale[:, 0].to(weight.dtype))
 
     def forward(self, x: torch.Tensor, first: int | None = None) -> torch.Tensor:
         """``[R, I] -> [R, O]``, or only the ``first`` so many columns of it."""
-        if self.in_8_bits and len(x) <= FEW_ROWS:
-            return torch._weight_int8pack_mm(x, self.whole[:first], self.scale[:first])
+        if self.quantized and len(x) <= FEW_ROWS:
+            return torch._weight_int8pack_mm(x, self.int8[:first], self.scale[:first])
         return F.linear(x, self.weight[:first])
 
 
@@ -53,11 +53,11 @@ class FastHeads(nn.Module):
         near = wide + embedding.shape[1]  # the columns that read the state and the root
         words = embedding[heads.vocabulary].to(heads.weight.dtype)
         self.heads = (heads,)  # in a tuple: their weights are not this module's
-        self.start = Rows(torch.cat([weight.detach()[:, :near] for weight in heads.path_weight]))
+        self.start = Int8Linear(torch.cat([weight.detach()[:, :near] for weight in heads.path_weight]))
         if heads.projection is None:
-            self.project = nn.ModuleList([Rows(heads.shared_rows)] * heads.num_heads)
+            self.project = nn.ModuleList([Int8Linear(heads.shared_rows)] * heads.num_heads)
         else:
-            self.project = nn.ModuleList([Rows(rows) for rows in heads.projection.detach()])
+            self.project = nn.ModuleList([Int8Linear(rows) for rows in heads.projection.detach()])
         for k, weight in enumerate(heads.path_weight):
             parts = weight.detach()[:, near:].split(embedding.shape[1], dim=1)
             self.register_buffer(f"table{k}", torch.stack([F.linear(words, part) for part in parts]) if k else None)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from medusa_nb.calibration import FILE, SPEEDS, Calibration, calibrate, draft_vocabulary
+from medusa_nb.calibration import FILE, SPEEDS, Calibration, calibrate, draft_vocabulary, frequent_tokens
 from medusa_nb.errors import InputError
 from medusa_nb.features import cache_features, encode_conversation
 from medusa_nb.heads import MedusaHeads
@@ -72,3 +72,8 @@ def test_a_draft_vocabulary_of_nothing_is_refused(tokenizer):
     with pytest.raises(InputError, match="of 0 tokens is none"):
         draft_vocabulary(tokenizer, [], 0)
     assert draft_vocabulary(tokenizer, [], None) is None
+
+
+def test_frequent_tokens_are_those_said_most():
+    assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [5, 2]
+    assert frequent_tokens([[9, 2], [5]], 5).tolist() == [2, 5, 9]

@@ -9,7 +9,7 @@ from test_decoding import CONFIGS, prompt, random_heads
 from test_heads import few_words_heads, seeing_heads
 
 from medusa_nb.decoding import Decoder, greedy_generate
-from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft, frequent_tokens
+from medusa_nb.drafting import Candidates, DynamicDraft, State, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.ngrams import ngram_guesses, ngram_worth
 from medusa_nb.tree import chain
@@ -172,7 +172,7 @@ def test_a_copied_token_that_a_head_guessed_too_is_checked_once(small_model):
 def test_drafts_that_are_refused(small_model):
     with pytest.raises(InputError, match="needs heads and at least 2 nodes"):
         DynamicDraft(random_heads(small_model, 2), 1, "cpu")
-    with pytest.raises(InputError, match="only 2 words cannot fill a tree of 30 nodes"):
+    with pytest.raises(InputError, match="only 2 tokens cannot fill a tree of 30 nodes"):
         DynamicDraft(random_heads(small_model, 2).limited_to(torch.tensor([3, 9])), 30, "cpu")
     with pytest.raises(InputError, match="3 guesses deep.*2 heads"):
         Decoder(small_model, random_heads(small_model, 2), chain(3), capacity=50)
@@ -191,8 +191,3 @@ def test_a_draft_vocabulary_guesses_the_best_of_what_it_has(small_model):
     decoder = Decoder(small_model, draft=draft, capacity=60)
     plain = greedy_generate(small_model, prompt(5), 40, eos_token_id=[])
     assert decoder.generate([prompt(5)[0]], 40, eos_token_id=[])[0].new_tokens == plain.new_tokens
-
-
-def test_frequent_tokens_are_those_said_most():
-    assert frequent_tokens([[5, 5, 2], [2, 9, 5]], 2).tolist() == [5, 2]
-    assert frequent_tokens([[9, 2], [5]], 5).tolist() == [2, 5, 9]
