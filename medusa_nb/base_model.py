@@ -132,6 +132,14 @@ def context_length(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def attention_window(model) -> int | None:
+    """How many positions back some of the model's layers look at most; None where all look at the whole text."""
+    config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or []) == {"full_attention"}:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 def require_chat_template(tokenizer) -> None:
     """Raise :class:`InputError` if the tokenizer cannot lay out a conversation."""
     if not getattr(tokenizer, "chat_template", None):

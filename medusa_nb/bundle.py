@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).resolve().parent
 # In the order in which they need each other; None: the whole module.
 PARTS: dict[str, set[str] | None] = {
     "errors": None,
-    "base_model": {"context_length", "refuse_unsuitable"},
+    "base_model": {"attention_window", "context_length", "refuse_unsuitable"},
     "tree": {"Ranks", "Tree", "ROOT_ONLY"},
     "ngrams": {"ngram_guesses"},
     "heads": None,

@@ -111,7 +111,7 @@ def calibrate(
     *,
     ngram_tokens: int = 6,
     vocabulary_share: float = 0.25,
-    prompts: int = 16,
+    prompts: int = 48,
 ) -> Calibration:
     """Count on answers that the heads were not trained on.
 

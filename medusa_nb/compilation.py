@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from medusa_nb.base_model import context_length
+from medusa_nb.base_model import attention_window, context_length
 from medusa_nb.verification import read_prompts
 
 GROUPED = "medusa_grouped_sdpa"
@@ -206,6 +206,7 @@ class CompiledReader:
 
     def __init__(self, model):
         self.model, self.weights = model, weights_state(model)
+        self.any_length = attention_window(model) is None  # else a graph may be for prompts shorter than the window
         self.run = torch.compile(with_own_code(self.read), fullgraph=True, dynamic=False)
         with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1"):
             longest = min(64, context_length(model) or 64)
@@ -216,7 +217,10 @@ class CompiledReader:
         return type(None), ()
 
     def __call__(self, ids: torch.Tensor, last: torch.Tensor):
-        with torch.compiler.set_stance("eager_on_recompile"):  # several prompts, or one of a single token
+        if len(ids) > 1 or ids.shape[1] == 1:
+            return self.read(ids, last)
+        at_once = self.any_length and ids.is_contiguous()  # what was compiled fits, nothing is looked up
+        with torch.compiler.set_stance("eager_on_recompile", skip_guard_eval_unsafe=at_once):
             return self.run(ids, last)
 
     def read(self, ids: torch.Tensor, last: torch.Tensor):

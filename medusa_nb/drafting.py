@@ -173,7 +173,8 @@ class DynamicDraft:
         if self.reads_text:
             tokens, worth, paths = self.copy(state, tokens, worth, paths)
         worth = worth - 1e-4 * self.depths  # a certain child must not come before its parent
-        chosen = worth.topk(self.size, dim=1).indices.sort(dim=1).values  # [B, N], parents before children
+        chosen = worth.topk(self.size, dim=1).indices
+        chosen = -(-chosen).topk(self.size, dim=1).values  # [B, N], in order: parents before children; faster than sort
         paths = paths.gather(1, chosen.unsqueeze(2).expand(-1, -1, paths.shape[2]))
         depths = self.depths[chosen]
         ancestors = (paths.unsqueeze(3) == chosen[:, None, None]).any(2)

@@ -48,15 +48,18 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write ``[B, heads, T, head_dim]`` at the current place; return what attention reads."""
-        self.write(self.place.rows, key_states, value_states)
-        return self._read(self.keys), self._read(self.values)
-
-    def write(self, rows: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write ``[B, heads, T, head_dim]`` into ``rows`` ``[B * T]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(0, rows, key_states.transpose(1, 2).flatten(0, 1))
-        self.values.index_copy_(0, rows, value_states.transpose(1, 2).flatten(0, 1))
+        self.keys.index_copy_(0, self.place.rows, key_states.transpose(1, 2).flatten(0, 1))
+        self.values.index_copy_(0, self.place.rows, value_states.transpose(1, 2).flatten(0, 1))
+        return self._read(self.keys), self._read(self.values)
+
+    def fill(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write one text's ``[heads, T, head_dim]`` into the T rows from ``start`` on."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states.unsqueeze(0), value_states.unsqueeze(0))
+        rows = slice(start, start + key_states.shape[1])
+        self.keys[rows], self.values[rows] = key_states.transpose(0, 1), value_states.transpose(0, 1)
 
     def _read(self, buffer: torch.Tensor) -> torch.Tensor:
         slots = buffer.unflatten(0, (self.place.slots, self.place.capacity))
@@ -93,14 +96,13 @@ class SlotCache(Cache):
         """``[B, T]`` numbers in the flattened buffer: ``starts`` ``[B]`` plus ``offsets`` ``[T]`` or ``[B, T]``."""
         return (slots * self.place.capacity + starts).unsqueeze(1) + offsets
 
-    def fill(self, slots: torch.Tensor, read: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Start texts in ``slots`` ``[B]`` with each layer's keys and values of their prompts."""
-        count = read[0][0].shape[2]
-        rows = self.rows(slots, torch.zeros_like(slots), torch.arange(count, device=slots.device)).flatten()
+    def fill(self, slots: list[int], read: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Start texts in ``slots`` with each layer's keys and values ``[B, heads, T, head_dim]`` of their prompts."""
         while len(self.layers) < len(read):
             self.layers.append(self.layer_class_to_replicate())
         for layer, (key_states, value_states) in zip(self.layers, read, strict=True):
-            layer.write(rows, key_states, value_states)
+            for line, slot in enumerate(slots):
+                layer.fill(slot * self.place.capacity, key_states[line], value_states[line])
 
     def keep(self, slots: torch.Tensor, starts: torch.Tensor, path: torch.Tensor) -> None:
         """Of the rows written from ``starts`` on, move those of ``path`` ``[B, P]`` together, in its order."""

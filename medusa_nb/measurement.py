@@ -27,7 +27,7 @@ from medusa_nb.tree import ROOT_ONLY, Tree
 WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 Decode = Callable[[torch.Tensor], Generation]
 Shape = tuple[int, int]  # of a growing tree: nodes, and how deep the heads guess
-SHAPES: tuple[Shape, ...] = ((8, 3), (8, 4))
+SHAPES: tuple[Shape, ...] = ((6, 4), (8, 4))
 
 
 def synchronize() -> None:

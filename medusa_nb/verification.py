@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from medusa_nb.base_model import context_length
+from medusa_nb.base_model import attention_window, context_length
 from medusa_nb.drafting import Candidates, State
 from medusa_nb.kv_cache import SlotCache
 
@@ -56,18 +56,16 @@ class Verifier:
         self.slots, self.capacity = torch.arange(slots, device=self.device), capacity
         self.cache = SlotCache(slots, capacity)
         self.last_position = (context_length(model) or capacity) - 1
-        config = model.config.get_text_config()
-        self.layer_types = set(getattr(config, "layer_types", None) or [])
-        self.window = None if self.layer_types == {"full_attention"} else getattr(config, "sliding_window", None)
+        self.layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+        self.window = attention_window(model)
 
     @torch.no_grad()
     def read_prompts(self, prompts: list[torch.Tensor], slots: list[int] | None = None) -> State:
         """Read prompts (each ``[T]``) into ``slots`` (the first ones) in one pass; each says its first token."""
-        into = self.slots[: len(prompts)] if slots is None else torch.tensor(slots, device=self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device)
         hidden, logits, keys_values = self.read(ids, lengths - 1)
-        self.cache.fill(into, keys_values)
+        self.cache.fill(list(range(len(prompts))) if slots is None else slots, keys_values)
         return State(self.choose(logits), hidden, lengths)
 
     def check(

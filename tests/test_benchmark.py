@@ -4,7 +4,7 @@ import torch
 from conftest import EOS
 from test_heads import random_heads, seeing_heads
 
-from medusa_nb.benchmark import GENERATE, LOOP, MEDUSA, WIDER, prepare, run
+from medusa_nb.benchmark import GENERATE, LOOP, MEDUSA, WIDE, WIDER, prepare, run
 from medusa_nb.calibration import Calibration
 from medusa_nb.tree import count_ranks
 
@@ -17,10 +17,10 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     contestants = prepare(small_model, plain, known, heads, known, **sizes)
     eager = {name for name, decoder in contestants.decoders.items() if not decoder.compiled}
     assert eager == {"our loop, eager", "Medusa, eager"}
-    assert contestants.blind.keys() == {4, 8} and all(decoder.compiled for decoder in contestants.blind.values())
+    assert contestants.blind.keys() == {4, WIDE} and all(decoder.compiled for decoder in contestants.blind.values())
     prompts = [torch.tensor([[5, 6, 7, 5, 6]]), torch.tensor([[9, 30, 31]])]
     rows = run(contestants, small_model, prompts, repeats=1, past=20)["rows"]
     assert rows.keys() == contestants.calls.keys() and all(row["identical"]["identical"] == 2 for row in rows.values())
-    assert {name: rows[name]["tree"] for name in (LOOP, MEDUSA, WIDER)} == {LOOP: 1, MEDUSA: 4, WIDER: 8}
+    assert {name: rows[name]["tree"] for name in (LOOP, MEDUSA, WIDER)} == {LOOP: 1, MEDUSA: 4, WIDER: WIDE}
     assert "share_of_achievable" in rows[WIDER]["without_loops"] and "tree" not in rows[GENERATE]
     assert "ms_draft" not in rows["Medusa, eager"]  # what is not compiled cannot be taken apart by what is
