@@ -13,6 +13,7 @@ from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
     BlindDraft,
     Shape,
+    StepTimer,
     Timing,
     compare,
     fastest_decoder,
@@ -20,7 +21,6 @@ from medusa_nb.measurement import (
     identity,
     machine,
     speedup,
-    time_steps,
     transformers_generate,
     without_loops,
 )
@@ -98,17 +98,19 @@ def prepare(
     return Contestants(decoders, calls, blind)
 
 
-def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: int, past: int) -> dict:
+def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: int) -> dict:
     """Measure all contestants on ``prompts``; returns a report that can be written as JSON.
 
-    A row has tokens per pass, milliseconds per pass and their parts, tokens a second, the ratios to both
-    baselines, the share of the achievable, and identity of the text; ``without_loops`` holds the same
-    counts over the answers that do not loop. A decoder that guesses but is not compiled, as the blind ones are, has
-    no parts: there is nothing to take its step apart with.
+    Single steps are timed between the prompts, behind as many tokens as these have on average, so that whole answers
+    and their parts share the machine's good and bad moments. A row has tokens per pass, milliseconds per pass and
+    their parts, tokens a second, the ratios to both baselines, the share of the achievable, and identity of the text;
+    ``without_loops`` holds the same counts over the answers that do not loop. A decoder that guesses but is not
+    compiled, as the blind ones are, has no parts: there is nothing to take its step apart with.
     """
-    timings = compare(contestants.calls, prompts, repeats)
-    keep = without_loops(timings[LOOP])
-    steps = time_steps(contestants.decoders | contestants.blind, past)
+    past = round(sum(ids.shape[1] for ids in prompts) / len(prompts))
+    timer = StepTimer(contestants.decoders | contestants.blind, past)
+    timings = compare(contestants.calls, prompts, repeats, after_each=timer.round)
+    keep, steps = without_loops(timings[LOOP]), timer.medians()
     rows = {}
     for name, timing in timings.items():
         rows[name] = figures(timing, timings, None) | dict(

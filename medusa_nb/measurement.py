@@ -66,28 +66,41 @@ def measure_latency(model, widths=WIDTHS, past: int = 200, repeats: int = 25) ->
     return time_steps(decoders, past, repeats)
 
 
-@torch.no_grad()
-def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> dict[int, float]:
-    """Median seconds of one step of each decoder behind ``past`` tokens, the host's read included.
+class StepTimer:
+    """Times single steps of decoders behind ``past`` tokens, the host's read included.
 
-    Decoders take turns in runs of ten steps; the first three of each run warm the caches and are not counted.
+    In a round they take turns in runs of ten steps; the first three of each run warm the caches and are not counted.
     """
-    seconds: dict[int, list[float]] = {n: [] for n in decoders}
-    states = {}
-    for n, decoder in decoders.items():
-        vocabulary = decoder.verifier.lm_head.weight.shape[0]
-        prompt = torch.arange(past, device=decoder.verifier.device) % vocabulary
-        states[n] = decoder.start([prompt])
-    for _ in range(-(-repeats // 7)):
+
+    def __init__(self, decoders: dict[int, Decoder], past: int):
+        self.decoders, self.past, self.states = decoders, past, {}
+        self.seconds: dict[int, list[float]] = {n: [] for n in decoders}
         for n, decoder in decoders.items():
+            prompt = torch.arange(past, device=decoder.verifier.device) % decoder.verifier.lm_head.weight.shape[0]
+            self.states[n] = decoder.start([prompt])
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for n, decoder in self.decoders.items():
             for run in range(10):
                 synchronize()
                 started = time.perf_counter()
-                _, record = decoder.run(states[n], decoder.span(past))
+                _, record = decoder.run(self.states[n], decoder.span(self.past))
                 record.tolist()
                 if run >= 3:
-                    seconds[n].append(time.perf_counter() - started)
-    return {n: statistics.median(values) for n, values in seconds.items()}
+                    self.seconds[n].append(time.perf_counter() - started)
+
+    def medians(self) -> dict[int, float]:
+        """Median seconds of a step of each decoder, over all rounds."""
+        return {n: statistics.median(values) for n, values in self.seconds.items()}
+
+
+def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> dict[int, float]:
+    """Median seconds of at least ``repeats`` steps of each decoder, see :class:`StepTimer`."""
+    timer = StepTimer(decoders, past)
+    for _ in range(-(-repeats // 7)):
+        timer.round()
+    return timer.medians()
 
 
 def growing_decoder(
@@ -251,10 +264,16 @@ class Timing:
         return min(rates), max(rates)
 
 
-def compare(decoders: dict[str, Decode], prompts: list[torch.Tensor], repeats: int = 3) -> dict[str, Timing]:
+def compare(
+    decoders: dict[str, Decode],
+    prompts: list[torch.Tensor],
+    repeats: int = 3,
+    after_each: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
     """Time decoders side by side: on each prompt they take turns, in an order that rotates.
 
-    One warm-up round on the first prompt is not counted.
+    One warm-up round on the first prompt is not counted. ``after_each`` is called after every prompt, to measure
+    something else in the same moments.
     """
     if not prompts:
         raise InputError("there is no prompt to measure on")
@@ -276,6 +295,7 @@ def compare(decoders: dict[str, Decode], prompts: list[torch.Tensor], repeats: i
                 timings[name].seconds[-1].append(time.perf_counter() - started)
                 if repeat == 0:
                     timings[name].generations.append(generation)
+        after_each()
         bar.update()
     bar.close()
     return timings

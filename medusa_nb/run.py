@@ -17,6 +17,7 @@ import nbformat
 import papermill
 import psutil
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
@@ -26,6 +27,7 @@ from medusa_nb.walk import DOMAINS
 NOTEBOOKS = ROOT / "notebooks"
 TOOK = re.compile(r"\*Took [^*]*? on two CPU cores, [^*]*? GB of memory")
 
+ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})  # what goes to a kernel and comes back
 WALK = ("01", "02", "03", "04")  # what one run executes; later notebooks build on its artefacts
 
 
@@ -82,6 +84,7 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 1800) ->
                 cwd=str(NOTEBOOKS),
                 execution_timeout=timeout,
                 progress_bar=sys.stderr.isatty(),
+                config=ENCRYPTED,
             )
     except PapermillExecutionError as error:
         raise InputError(

@@ -19,7 +19,7 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     assert eager == {"our loop, eager", "Medusa, eager"}
     assert contestants.blind.keys() == {4, WIDE} and all(decoder.compiled for decoder in contestants.blind.values())
     prompts = [torch.tensor([[5, 6, 7, 5, 6]]), torch.tensor([[9, 30, 31]])]
-    rows = run(contestants, small_model, prompts, repeats=1, past=20)["rows"]
+    rows = run(contestants, small_model, prompts, repeats=1)["rows"]
     assert rows.keys() == contestants.calls.keys() and all(row["identical"]["identical"] == 2 for row in rows.values())
     assert {name: rows[name]["tree"] for name in (LOOP, MEDUSA, WIDER)} == {LOOP: 1, MEDUSA: 4, WIDER: WIDE}
     assert "share_of_achievable" in rows[WIDER]["without_loops"] and "tree" not in rows[GENERATE]

@@ -43,10 +43,11 @@ def generation(new: list[int], passes: list[int] | None = None) -> Generation:
 def test_decoders_take_turns_in_an_order_that_rotates():
     calls = []
     decoders = {name: lambda ids, name=name: calls.append((name, ids.item())) or generation([1]) for name in "abc"}
-    timings = compare(decoders, [torch.tensor([10]), torch.tensor([11])], repeats=2)
+    prompts = [torch.tensor([10]), torch.tensor([11])]
+    timings = compare(decoders, prompts, repeats=2, after_each=lambda: calls.append(("|", 0)))
     order = "".join(name for name, _ in calls)
-    assert order == "abc" + "abc" + "bca" + "bca" + "cab"
-    assert [prompt for _, prompt in calls] == [10] * 9 + [11] * 6
+    assert order == "abc" + "abc" + "bca" + "|" + "bca" + "cab" + "|"
+    assert [prompt for _, prompt in calls] == [10] * 9 + [0] + [11] * 6 + [0]
     for timing in timings.values():
         assert [len(repeats) for repeats in timing.seconds] == [2, 2]
         assert len(timing.generations) == 2

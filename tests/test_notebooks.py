@@ -147,18 +147,28 @@ def test_notebook_without_parameters_cell_is_refused(tmp_path):
         check_parameters(path, {})
 
 
+def notebook_of(source: str, folder):
+    """A notebook with a parameters cell, a cell of this source, and one that prints "after"."""
+    parameters = nbformat.v4.new_code_cell("run = 'x'", metadata={"tags": ["parameters"]})
+    cells = [parameters, nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("print('after')")]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    path = folder / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [("1 / 0", "ZeroDivisionError"), ("import sys\nsys.exit(0)", "ended early|SystemExit")],
 )
 def test_failing_cell_is_named(tmp_path, source, message):
-    parameters = nbformat.v4.new_code_cell("run = 'x'", metadata={"tags": ["parameters"]})
-    cells = [parameters, nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("print('after')")]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    path = tmp_path / "bad.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
     with pytest.raises(InputError, match=message):
-        execute(path, {}, tmp_path / "out")
+        execute(notebook_of(source, tmp_path), {}, tmp_path / "out")
+
+
+def test_what_goes_to_a_kernel_is_encrypted(tmp_path):
+    source = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().curve_secretkey"
+    execute(notebook_of(source, tmp_path), {}, tmp_path / "out")
 
 
 def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatch):
