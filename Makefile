@@ -41,7 +41,7 @@ axolotl: $(VENV)/.walk $(AXOLOTL)/.installed
 	$(BIN)/python -m medusa_nb measure build/axolotl/heads
 
 lab: $(VENV)/.walk
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/01_environment_setup.ipynb
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --KernelManager.transport_encryption=auto notebooks/01_environment_setup.ipynb
 
 $(VENV)/.walk: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

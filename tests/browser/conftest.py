@@ -80,6 +80,7 @@ def lab():
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
     command += [f"--LabApp.user_settings_dir={OUT / 'settings'}", f"--LabApp.workspaces_dir={OUT / 'workspaces'}"]
     command += ["--LabApp.news_url=None", "--LabApp.extension_manager=readonly"]
+    command += ["--KernelManager.transport_encryption=auto"]
     environment = os.environ | dict(JUPYTER_TOKEN=token, HF_HUB_OFFLINE="1")
     environment.pop("MEDUSA_NB_HEADLESS", None)
     with open(OUT / "jupyter.log", "w") as log:
