@@ -141,6 +141,7 @@ class Decoder:
             return self.capacity
         return min(self.capacity, -(-(longest + self.draft.size) // COLUMNS) * COLUMNS)
 
+    @torch.inference_mode(False)  # what was compiled is called without looking, so it must find what it was made for
     @torch.no_grad()
     def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> Iterator[list[Step | None]]:
         """Yield what each forward pass did to each text, until all have ``max_new_tokens``.
