@@ -219,8 +219,8 @@ class CompiledReader:
     def __call__(self, ids: torch.Tensor, last: torch.Tensor):
         if len(ids) > 1 or ids.shape[1] == 1:
             return self.read(ids, last)
-        at_once = self.any_length and ids.is_contiguous()  # what was compiled fits, nothing is looked up
-        with torch.compiler.set_stance("eager_on_recompile", skip_guard_eval_unsafe=at_once):
+        # what fits any length is called at once, nothing is looked up
+        with torch.compiler.set_stance("eager_on_recompile", skip_guard_eval_unsafe=self.any_length):
             return self.run(ids, last)
 
     def read(self, ids: torch.Tensor, last: torch.Tensor):

@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from medusa_nb.tree import ROOT_ONLY, Tree
 WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 Decode = Callable[[torch.Tensor], Generation]
 Shape = tuple[int, int]  # of a growing tree: nodes, and how deep the heads guess
+# what is tried: with few more rows than one a CPU's matrix kernels may take no longer (6), or a little (8)
 SHAPES: tuple[Shape, ...] = ((6, 4), (8, 4))
 
 
@@ -72,15 +73,16 @@ class StepTimer:
     In a round they take turns in runs of ten steps; the first three of each run warm the caches and are not counted.
     """
 
-    def __init__(self, decoders: dict[int, Decoder], past: int):
+    def __init__(self, decoders: dict[Hashable, Decoder], past: int):
         self.decoders, self.past, self.states = decoders, past, {}
-        self.seconds: dict[int, list[float]] = {n: [] for n in decoders}
+        self.seconds: dict[Hashable, list[float]] = {n: [] for n in decoders}
         for n, decoder in decoders.items():
             prompt = torch.arange(past, device=decoder.verifier.device) % decoder.verifier.lm_head.weight.shape[0]
             self.states[n] = decoder.start([prompt])
 
     @torch.no_grad()
     def round(self) -> None:
+        """Let every decoder take its ten steps."""
         for n, decoder in self.decoders.items():
             for run in range(10):
                 synchronize()
@@ -90,12 +92,12 @@ class StepTimer:
                 if run >= 3:
                     self.seconds[n].append(time.perf_counter() - started)
 
-    def medians(self) -> dict[int, float]:
+    def medians(self) -> dict[Hashable, float]:
         """Median seconds of a step of each decoder, over all rounds."""
         return {n: statistics.median(values) for n, values in self.seconds.items()}
 
 
-def time_steps(decoders: dict[int, Decoder], past: int, repeats: int = 25) -> dict[int, float]:
+def time_steps(decoders: dict[Hashable, Decoder], past: int, repeats: int = 25) -> dict[Hashable, float]:
     """Median seconds of at least ``repeats`` steps of each decoder, see :class:`StepTimer`."""
     timer = StepTimer(decoders, past)
     for _ in range(-(-repeats // 7)):

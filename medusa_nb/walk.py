@@ -6,6 +6,7 @@ from pathlib import Path
 
 from medusa_nb.base_model import ROOT
 from medusa_nb.errors import InputError
+from medusa_nb.measurement import SHAPES
 
 # what results.json says of the speed in each number format, and on which answers; by the names that tables use
 DOMAINS = {
@@ -49,7 +50,7 @@ RUNS = {
         repeats=3,
         latency_repeats=25,
         tree_sizes=(6, 8, 12, 16),
-        tree_shapes=((6, 4), (8, 4)),
+        tree_shapes=SHAPES,
         bench_dtypes=("float32", "bfloat16"),
         race_conversations=200,
         server_conversations=450,
