@@ -29,6 +29,8 @@ from medusa_nb.tree import build_tree
 GENERATE, LOOP, MEDUSA = "model.generate", "our loop, compiled", "+ n-grams in the tree (Medusa)"
 WIDE = 16  # nodes of a tree that looks for most tokens per pass, whatever its passes cost
 WIDER = f"Medusa, {WIDE} nodes"
+SLIM = (4, 3)  # nodes and depth of a tree for code that is tuned to few rows, see Decoder.compile
+TUNED_LOOP, TUNED = "our loop, tuned", f"Medusa, tuned, {SLIM[0]} nodes"
 
 
 @dataclass
@@ -81,14 +83,18 @@ def prepare(
         **{name: Decoder(model, capacity=capacity, draft=draft) for name, draft in drafts.items()},
         MEDUSA: best,
         WIDER: growing_decoder(model, heads, calibration, (WIDE, heads.num_heads), capacity),
+        TUNED_LOOP: Decoder(model, capacity=capacity),
+        TUNED: growing_decoder(model, heads, calibration, (SLIM[0], min(SLIM[1], heads.num_heads)), capacity),
         "Medusa, eager": Decoder(model, capacity=capacity, draft=best.draft),
     }
     blind = {
         n: Decoder(model, capacity=capacity, draft=BlindDraft(n, lm_head.shape[0], device))
-        for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
+        for n in sorted({decoder.draft.size for name, decoder in decoders.items() if name != TUNED} - {1})
     }
     for decoder in (*(decoders[name] for name in (LOOP, *drafts, WIDER)), *blind.values()):
         decoder.compile()
+    for name in (TUNED_LOOP, TUNED):
+        decoders[name].compile(tune=True)
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
     calls["prompt lookup"] = lambda ids: transformers_generate(
         model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
@@ -105,7 +111,7 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
     and their parts share the machine's good and bad moments. A row has tokens per pass, milliseconds per pass and
     their parts, tokens a second, the ratios to both baselines, the share of the achievable, and identity of the text;
     ``without_loops`` holds the same counts over the answers that do not loop. A decoder that guesses but is not
-    compiled, as the blind ones are, has no parts: there is nothing to take its step apart with.
+    compiled as the blind ones are has no parts: there is nothing to take its step apart with.
     """
     past = round(sum(ids.shape[1] for ids in prompts) / len(prompts))
     timer = StepTimer(contestants.decoders | contestants.blind, past)
@@ -119,7 +125,8 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
             without_loops=figures(timing, timings, keep),
         )
         decoder = contestants.decoders.get(name)
-        if decoder and (decoder.draft.size == 1 or decoder.compiled == contestants.decoders[LOOP].compiled):
+        as_blind = decoder and name != TUNED and decoder.compiled == contestants.decoders[LOOP].compiled
+        if decoder and (decoder.draft.size == 1 or as_blind):
             size = decoder.draft.size
             check = steps[size] if size > 1 else steps[name]
             rows[name] |= parts(timing, steps[name], check) | dict(tree=size)

@@ -20,6 +20,12 @@ ON_A_CPU = {  # options of Inductor
     "cpp.enable_concat_linear": True,  # layers that read the same states (q, k, v; gate, up) are one matrix
     "cpp_wrapper": True,  # kernels are called from C++: a small model's step is some hundred calls
 }
+TUNED = {  # Inductor writes each multiplication in C++ itself, too, and takes what is faster here than the library's
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -118,10 +124,10 @@ def packed_for_onednn():
 
 
 @contextmanager
-def compiling(weight: torch.Tensor, rows: int, dynamic: str):
+def compiling(weight: torch.Tensor, rows: int, dynamic: str, tune: bool = False):
     """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
 
-    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape.
+    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape. ``tune``: try more.
     """
     from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
 
@@ -130,26 +136,25 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str):
         packed_for_onednn() if cpu and onednn_is_faster(weight, rows) else nullcontext(),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
-        inductor.patch(ON_A_CPU if cpu else {}),
+        inductor.patch((ON_A_CPU | (TUNED if tune else {})) if cpu else {}),
         torch.compiler.config.patch(dynamic_sources=dynamic if cpu else ""),
     ):
         yield
 
 
-def compile_step(decoder):
+def compile_step(decoder, tune: bool = False):
     """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
 
     Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
     CPU every linear layer is laid out for exactly this number of rows; only ``span``, how far attention looks back,
     may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. On a
     CPU the decoder also gets the model's :class:`CompiledReader`. Where no compiler works the eager step is returned,
-    None, and why.
+    None, and why. ``tune``: choose the code of each multiplication by timing it.
     """
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
-    run = torch.compile(
-        with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=None if cpu else "reduce-overhead"
-    )
+    with_graphs = "max-autotune" if tune else "reduce-overhead"
+    run = torch.compile(with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=None if cpu else with_graphs)
 
     def step(state, span):
         with grouped(decoder.model):
@@ -158,7 +163,7 @@ def compile_step(decoder):
     lm_head = decoder.model.get_output_embeddings().weight
     started = time.perf_counter()
     try:
-        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']"):
+        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']", tune=tune):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
             span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity

@@ -123,12 +123,14 @@ class Decoder:
         record = torch.cat([count.unsqueeze(1), emitted, path, candidates.tokens, candidates.parents, copied], dim=1)
         return State(root, hidden, state.lengths + count, text), record
 
-    def compile(self) -> float | None:
+    def compile(self, tune: bool = False) -> float | None:
         """Compile the step for this machine; return the seconds it took.
 
-        Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
+        ``tune``: time several ways to multiply for each matrix and keep the fastest, a minute or two more. On a CPU
+        that pays most where a step has one to four rows. Where no compiler works: None, ``why_eager`` says what it
+        tripped over, and decoding goes on eagerly.
         """
-        self.run, self.compile_seconds, self.why_eager = compile_step(self)
+        self.run, self.compile_seconds, self.why_eager = compile_step(self, tune)
         return self.compile_seconds
 
     @property

@@ -123,7 +123,8 @@ class Guesser:
 class DynamicDraft:
     """A tree that is grown anew at every step: the ``size`` nodes that promise most right now.
 
-    Depth by depth, the ``beam`` most promising nodes get their heads' ``branch`` best guesses as children; if
+    Depth by depth, the ``beam`` most promising nodes (by default a quarter of ``size``: the cheapest that finds
+    nearly all of what more would find) get their heads' ``branch`` best guesses as children; if
     ``ngram_worth`` is given, one path of tokens copied from the text joins them. A node's worth is the
     probability that its whole path is right: the product of the heads' own probabilities, or what n-grams of
     that length were worth on calibration text (:func:`medusa_nb.ngrams.ngram_worth`). No node is worth more
@@ -145,12 +146,12 @@ class DynamicDraft:
         device,
         ngram_worth: torch.Tensor | None = None,
         depth: int | None = None,
-        beam: int = 4,
+        beam: int | None = None,
         branch: int = 8,
     ):
         if heads is None or size < 2:
             raise InputError(f"a tree of {size} nodes that grows needs heads and at least 2 nodes")
-        self.heads, self.size, self.beam = heads, size, beam
+        self.heads, self.size, self.beam = heads, size, beam or max(1, size // 4)
         self.fast = FastHeads.of(heads)
         self.reads_text = ngram_worth is not None
         self.copied = ngram_worth.shape[1] if self.reads_text else 0
@@ -162,7 +163,7 @@ class DynamicDraft:
         depths, parents = [0], 1
         for k in range(self.levels):
             depths += [k + 1] * (parents * self.branch)
-            parents = min(beam, parents * self.branch)
+            parents = min(self.beam, parents * self.branch)
         if len(depths) < size:
             raise InputError(f"heads that guess only {tokens} tokens cannot fill a tree of {size} nodes; ask for fewer")
         self.depths = torch.tensor(depths + list(range(1, self.copied + 1)), device=device)

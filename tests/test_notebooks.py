@@ -56,8 +56,14 @@ def test_benchmark_reports_every_contestant(benchmark):
     reports = json.loads((work / "benchmark" / "benchmark.json").read_text())
     for report in reports.values():
         rows = report["rows"]
-        assert {"model.generate", "our loop, eager", "our loop, compiled", "prompt lookup"} < rows.keys()
-        assert len(rows) == 11
+        assert {
+            "model.generate",
+            "our loop, eager",
+            "our loop, compiled",
+            "our loop, tuned",
+            "prompt lookup",
+        } < rows.keys()
+        assert len(rows) == 13
         # only what is compiled, as the blind decoders are, can be taken apart
         assert ("ms_draft" in rows["Medusa, eager"]) == (report["compile_seconds"] == 0)
         assert "ms_draft" in rows["+ n-grams in the tree (Medusa)"]
