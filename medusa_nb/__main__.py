@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--limit", type=int, default=24)
     measure.add_argument("--repeats", type=int, default=3)
     measure.add_argument("--max-new-tokens", type=int, default=160)
-    measure.add_argument("--eager", action="store_true", help="do not compile")
+    how = measure.add_mutually_exclusive_group()
+    how.add_argument("--eager", action="store_true", help="do not compile")
+    how.add_argument("--tune", action="store_true", help="take longer to compile, for faster code")
     measure.set_defaults(command=command_measure)
 
     export = commands.add_parser("export", help="write heads for other software, check them, publish them")
@@ -188,13 +190,13 @@ def command_train(options) -> None:
     print(json.dumps(accuracy(rank_table(heads, judge)), indent=2))
 
 
-def _medusa_decoder(options, model, capacity: int, compiled: bool):
+def _medusa_decoder(options, model, capacity: int, **how):
     from medusa_nb.calibration import Calibration
     from medusa_nb.heads import MedusaHeads
     from medusa_nb.measurement import fastest_decoder
 
     heads, known = MedusaHeads.from_pretrained(options.heads, model), Calibration.load(options.heads)
-    return fastest_decoder(model, heads, known, capacity=capacity, compiled=compiled, remember=options.heads)
+    return fastest_decoder(model, heads, known, capacity=capacity, remember=options.heads, **how)
 
 
 def _prompt_ids(model, tokenizer, messages):
@@ -231,9 +233,10 @@ def command_measure(options) -> None:
     model, tokenizer = _load(options)
     ids = [_prompt_ids(model, tokenizer, first_turn(row["messages"])) for row in prompts]
     capacity = max(x.shape[1] for x in ids) + options.max_new_tokens + ROOM_FOR_A_TREE
-    medusa, plain = _medusa_decoder(options, model, capacity, not options.eager), Decoder(model, capacity=capacity)
+    plain = Decoder(model, capacity=capacity)
+    medusa = _medusa_decoder(options, model, capacity, compiled=not options.eager, tune=options.tune)
     if not options.eager:
-        plain.compile()
+        plain.compile(options.tune)
     decoders = standard_decoders(medusa, plain, options.max_new_tokens, eos_token_ids(model, tokenizer))
     timings = compare(decoders, ids, options.repeats)
     for name, timing in timings.items():

@@ -11,6 +11,7 @@ from medusa_nb.decoding import Decoder
 from medusa_nb.drafting import DynamicDraft, TreeDraft
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
+    TUNED_SHAPES,
     BlindDraft,
     Shape,
     StepTimer,
@@ -29,7 +30,7 @@ from medusa_nb.tree import build_tree
 GENERATE, LOOP, MEDUSA = "model.generate", "our loop, compiled", "+ n-grams in the tree (Medusa)"
 WIDE = 16  # nodes of a tree that looks for most tokens per pass, whatever its passes cost
 WIDER = f"Medusa, {WIDE} nodes"
-SLIM = (4, 3)  # nodes and depth of a tree for code that is tuned to few rows, see Decoder.compile
+SLIM = TUNED_SHAPES[0]
 TUNED_LOOP, TUNED = "our loop, tuned", f"Medusa, tuned, {SLIM[0]} nodes"
 
 

@@ -29,6 +29,8 @@ Decode = Callable[[torch.Tensor], Generation]
 Shape = tuple[int, int]  # of a growing tree: nodes, and how deep the heads guess
 # what is tried: with few more rows than one a CPU's matrix kernels may take no longer (6), or a little (8)
 SHAPES: tuple[Shape, ...] = ((6, 4), (8, 4))
+TUNED_SHAPES: tuple[Shape, ...] = ((4, 3), (6, 4))  # kernels that are tuned gain most where there are few rows
+WIDE_SHAPES: tuple[Shape, ...] = ((8, 4), (16, 4), (32, 4))  # where launching costs more than arithmetic
 
 
 def synchronize() -> None:
@@ -120,20 +122,23 @@ def fastest_decoder(
     model,
     heads: MedusaHeads,
     calibration: Calibration,
-    shapes: Iterable[Shape] = SHAPES,
+    shapes: Iterable[Shape] | None = None,
     capacity: int = 512,
     compiled: bool = True,
     remember: str | Path | None = None,
+    tune: bool = False,
 ) -> Decoder:
     """The growing decoder whose tree gives most tokens a second here.
 
     For each shape the whole step is timed, and tokens per pass are counted on the calibration's prompts.
 
     Args:
+        shapes: what is tried; by default what may be fastest with this device and way of running.
         compiled: compile, where a compiler works.
         remember: the heads' folder; shapes measured there on this machine with this dtype are not tried again.
+        tune: compile as :meth:`Decoder.compile` does with ``tune``.
     """
-    key, shapes = measured_on(model, compiled), list(shapes)
+    key, shapes = measured_on(model, compiled, tune), list(shapes or shapes_to_try(model, compiled, tune))
     file = Path(remember) / SPEEDS if remember else None
     known = json.loads(file.read_text()) if file and file.exists() else {}
     rates = {shape: known[key][name_of(shape)] for shape in shapes if name_of(shape) in known.get(key, {})}
@@ -142,14 +147,21 @@ def fastest_decoder(
     decoders = {shape: growing_decoder(model, heads, calibration, shape, capacity) for shape in trying}
     if compiled:
         for decoder in decoders.values():
-            decoder.compile()
+            decoder.compile(tune)
     if not measured:
-        seconds = time_steps(decoders, past=capacity // 2)
+        seconds = time_steps(decoders, past=max(1, min(capacity // 2, capacity - max(size for size, _ in shapes))))
         rates = {shape: calibrated_tokens(decoder, calibration) / seconds[shape] for shape, decoder in decoders.items()}
         if file and file.parent.is_dir():
             named = {name_of(shape): round(rate, 1) for shape, rate in rates.items()}
             file.write_text(json.dumps(known | {key: known.get(key, {}) | named}, indent=2))
     return decoders[max(decoders, key=rates.get)]
+
+
+def shapes_to_try(model, compiled: bool, tune: bool) -> tuple[Shape, ...]:
+    """Trees that may be the fastest with this model's device and way of running."""
+    if model.device.type != "cpu" or not compiled:
+        return WIDE_SHAPES
+    return TUNED_SHAPES if tune else SHAPES
 
 
 def name_of(shape: Shape) -> str:
@@ -167,12 +179,13 @@ def calibrated_tokens(decoder: Decoder, calibration: Calibration, max_new_tokens
     return sum(counts) / len(counts) if counts else 1.0
 
 
-def measured_on(model, compiled: bool) -> str:
+def measured_on(model, compiled: bool, tune: bool) -> str:
     """What a step's time depends on, in words."""
     about = machine(model)
     names = ("processor", "threads", "accelerator", "torch", "transformers", "device", "dtype")
     stated = ", ".join(f"{name} {about[name]}" for name in names if name in about)
-    return f"{stated}, {'compiled' if compiled else 'eager'}, base model {base_fingerprint(model)[:16]}"
+    way = ("tuned" if tune else "compiled") if compiled else "eager"
+    return f"{stated}, {way}, base model {base_fingerprint(model)[:16]}"
 
 
 def transformers_generate(model, input_ids: torch.Tensor, max_new_tokens: int, eos: list[int], **options) -> Generation:

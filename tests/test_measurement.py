@@ -1,5 +1,6 @@
 """Measurements: fair turns, ratios of sums, and the proof that texts are the same."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -163,6 +164,33 @@ def test_the_fastest_decoder_is_the_one_with_most_tokens_a_second(small_model, m
     assert size(remember=tmp_path) == 2 and len(tried) == 3  # what was measured is not measured again
     known.save(tmp_path)
     assert size(remember=tmp_path) == 5  # unless the heads were calibrated again
+
+
+@pytest.mark.parametrize(
+    ("how", "shapes"),
+    [
+        (dict(), measurement.SHAPES),
+        (dict(tune=True), measurement.TUNED_SHAPES),
+        (dict(compiled=False), measurement.WIDE_SHAPES),
+    ],
+)
+def test_which_trees_are_tried_depends_on_how_they_run(small_model, monkeypatch, tmp_path, how, shapes):
+    known = Calibration(Counter(), torch.zeros(4, 3), torch.arange(20), [[1, 2]])
+    compiled, capacity = [], 40
+
+    def step_times(decoders, past):
+        assert 0 < past <= capacity - max(size for size, _ in shapes)
+        return dict.fromkeys(decoders, 1.0)
+
+    monkeypatch.setattr(measurement, "time_steps", step_times)
+    monkeypatch.setattr(Decoder, "compile", lambda self, tune=False: compiled.append((self.draft.size, tune)))
+    heads = MedusaHeads.for_model(small_model, 4)
+    fastest_decoder(small_model, heads, known, capacity=capacity, remember=tmp_path, **how)
+    [(way, rates)] = json.loads((tmp_path / measurement.SPEEDS).read_text()).items()
+    assert rates.keys() == {measurement.name_of(shape) for shape in shapes}
+    tune = how.get("tune", False)
+    assert compiled == ([(size, tune) for size, _ in shapes] if how.get("compiled", True) else [])
+    assert (", tuned," in way, ", eager," in way) == (tune, not how.get("compiled", True))
 
 
 def test_tokens_per_pass_on_calibration_prompts(small_model):
