@@ -179,7 +179,7 @@ def calibrated_tokens(decoder: Decoder, calibration: Calibration, max_new_tokens
     return sum(counts) / len(counts) if counts else 1.0
 
 
-def measured_on(model, compiled: bool, tune: bool) -> str:
+def measured_on(model, compiled: bool, tune: bool = False) -> str:
     """What a step's time depends on, in words."""
     about = machine(model)
     names = ("processor", "threads", "accelerator", "torch", "transformers", "device", "dtype")
