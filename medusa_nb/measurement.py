@@ -99,7 +99,7 @@ class StepTimer:
         return {n: statistics.median(values) for n, values in self.seconds.items()}
 
 
-def time_steps(decoders: dict[Hashable, Decoder], past: int, repeats: int = 25) -> dict[Hashable, float]:
+def time_steps(decoders: dict[Hashable, Decoder], past: int, repeats: int = 140) -> dict[Hashable, float]:
     """Median seconds of at least ``repeats`` steps of each decoder, see :class:`StepTimer`."""
     timer = StepTimer(decoders, past)
     for _ in range(-(-repeats // 7)):
