@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from types import FunctionType, MethodType
@@ -138,7 +139,9 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str, tune: bool = False)
         torch.random.fork_rng(devices=[]),
         inductor.patch((ON_A_CPU | (TUNED if tune else {})) if cpu else {}),
         torch.compiler.config.patch(dynamic_sources=dynamic if cpu else ""),
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # Inductor's own use of it, while it tunes
         yield
 
 

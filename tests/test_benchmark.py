@@ -1,5 +1,7 @@
 """The benchmark's contestants, compiled, on a tiny model: the notebook's smoke run leaves them eager."""
 
+import warnings
+
 import torch
 from conftest import EOS
 from test_heads import random_heads, seeing_heads
@@ -16,7 +18,10 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     plain, heads = random_heads(small_model, K=2).requires_grad_(False), seeing_heads(small_model, K=2)
     sizes = dict(shapes=((4, 2),), capacity=64, max_new_tokens=12, eos=[EOS])
     templates = counters["inductor"]["cpp_templated_kernel_counter"]
-    contestants = prepare(small_model, plain, known, heads, known, **sizes)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        contestants = prepare(small_model, plain, known, heads, known, **sizes)
+    assert not [str(warning.message) for warning in seen if "TypedStorage" in str(warning.message)]
     assert counters["inductor"]["cpp_templated_kernel_counter"] > templates  # some were faster than the library
     eager = {name for name, decoder in contestants.decoders.items() if not decoder.compiled}
     assert eager == {"our loop, eager", "Medusa, eager"}
