@@ -126,8 +126,7 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
             without_loops=figures(timing, timings, keep),
         )
         decoder = contestants.decoders.get(name)
-        as_blind = decoder and name != TUNED and decoder.compiled == contestants.decoders[LOOP].compiled
-        if decoder and (decoder.draft.size == 1 or as_blind):
+        if decoder and (decoder.draft.size == 1 or prepared(decoder) == prepared(contestants.decoders[LOOP])):
             size = decoder.draft.size
             check = steps[size] if size > 1 else steps[name]
             rows[name] |= parts(timing, steps[name], check) | dict(tree=size)
@@ -142,6 +141,11 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
         compile_seconds=round(contestants.compile_seconds, 1),
         rows=rows,
     )
+
+
+def prepared(decoder: Decoder) -> tuple[bool, bool]:
+    """How a decoder's step is run; steps can be compared part by part where that is the same."""
+    return decoder.compiled, decoder.tuned
 
 
 def figures(timing: Timing, timings: dict[str, Timing], keep: list[bool] | None) -> dict:

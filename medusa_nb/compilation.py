@@ -156,8 +156,8 @@ def compile_step(decoder, tune: bool = False):
     """
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
-    with_graphs = "max-autotune" if tune else "reduce-overhead"
-    run = torch.compile(with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=None if cpu else with_graphs)
+    mode = None if cpu else "max-autotune" if tune else "reduce-overhead"
+    run = torch.compile(with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=mode)
 
     def step(state, span):
         with grouped(decoder.model):

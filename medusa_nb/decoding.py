@@ -97,7 +97,7 @@ class Decoder:
         self.model, self.slots, self.capacity = model, slots, capacity
         self.verifier = Verifier(model, slots, capacity, choose, accept)
         self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
-        self.run, self.compile_seconds, self.why_eager = self.step, None, ""
+        self.run, self.compile_seconds, self.why_eager, self.tuned = self.step, None, "", False
 
     def step(self, state: State, span: int) -> tuple[State, torch.Tensor]:
         """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
@@ -131,6 +131,7 @@ class Decoder:
         tripped over, and decoding goes on eagerly.
         """
         self.run, self.compile_seconds, self.why_eager = compile_step(self, tune)
+        self.tuned = tune
         return self.compile_seconds
 
     @property
