@@ -157,7 +157,7 @@ def compile_step(decoder, tune: bool = False):
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
     mode = None if cpu else "max-autotune" if tune else "reduce-overhead"
-    run = torch.compile(with_own_code(decoder.step), fullgraph=whole, dynamic=False, mode=mode)
+    run = compiled(decoder.step, whole=whole, always_fits=whole, mode=mode)
 
     def step(state, span):
         with grouped(decoder.model):
@@ -184,13 +184,25 @@ def compile_step(decoder, tune: bool = False):
     def step_at_once(state, span):
         # one code object, one model, one shape but for the span: what was compiled always fits, nothing is looked up
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return step(state, span)
+            return run(state, span) if whole else step(state, span)
 
     return step_at_once, time.perf_counter() - started, why_eager
 
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def compiled(method: MethodType, always_fits: bool, whole: bool = True, mode: str | None = None):
+    """``torch.compile`` of a method, as one graph if ``whole``.
+
+    ``always_fits``: whatever it will be called with, the first graph serves, so nothing is noted that would have to
+    be looked up at a call; for a small model that takes as long as a layer.
+    """
+    options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    if always_fits:
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+    return torch.compile(with_own_code(method), fullgraph=whole, dynamic=False, options=options)
 
 
 def with_own_code(method: MethodType) -> MethodType:
@@ -215,7 +227,7 @@ class CompiledReader:
     def __init__(self, model):
         self.model, self.weights = model, weights_state(model)
         self.any_length = attention_window(model) is None  # else a graph may be for prompts shorter than the window
-        self.run = torch.compile(with_own_code(self.read), fullgraph=True, dynamic=False)
+        self.run = compiled(self.read, always_fits=self.any_length)
         with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1"):
             longest = min(64, context_length(model) or 64)
             for length in (longest, longest // 2):
