@@ -182,7 +182,7 @@ def compile_step(decoder, tune: bool = False):
             why_eager = f"prompts are read eagerly: {first_line(error)}"
 
     def step_at_once(state, span):
-        # one code object, one model, one shape but for the span: what was compiled always fits, nothing is looked up
+        # parts of a step are methods of every decoder, told apart by what the model's config says, too
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return run(state, span) if whole else step(state, span)
 
@@ -196,8 +196,8 @@ def first_line(error: Exception) -> str:
 def compiled(method: MethodType, always_fits: bool, whole: bool = True, mode: str | None = None):
     """``torch.compile`` of a method, as one graph if ``whole``.
 
-    ``always_fits``: whatever it will be called with, the first graph serves, so nothing is noted that would have to
-    be looked up at a call; for a small model that takes as long as a layer.
+    ``always_fits``: the code object, model and shapes are its own, so the first graph serves every call and needs no
+    guards; evaluating those takes as long as a layer of a small model.
     """
     options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     if always_fits:

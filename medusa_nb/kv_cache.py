@@ -17,7 +17,7 @@ class Place:
     """Where the next keys and values go, and what attention reads; the same for all layers.
 
     ``rows`` ``[B * T]`` are row numbers of the flattened slots; ``span`` is how many rows of each of the
-    first ``texts`` slots are read; ``size`` is how many rows all slots have.
+    first ``texts`` slots are read.
     """
 
     slots: int
@@ -28,6 +28,7 @@ class Place:
 
     @property
     def size(self) -> int:
+        """How many rows all slots have together."""
         return self.slots * self.capacity
 
 

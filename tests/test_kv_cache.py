@@ -5,16 +5,14 @@ import torch
 
 from medusa_nb.kv_cache import SlotCache
 
+# for each layer: (heads, head_dim) of its keys and of its values
 SAME, MIXED = [((2, 4), (2, 4))] * 3, [((2, 4), (2, 4)), ((1, 8), (1, 6)), ((2, 4), (2, 4))]
 
 
 def states(shapes, texts: int, count: int, seed: int):
     """Random keys and values ``[texts, heads, count, head_dim]`` of each layer."""
     torch.manual_seed(seed)
-    return [
-        tuple(torch.randn(texts, heads, count, width) for heads, width in pair)
-        for pair in shapes  # keys, values
-    ]
+    return [tuple(torch.randn(texts, heads, count, width) for heads, width in pair) for pair in shapes]
 
 
 @pytest.mark.parametrize("shapes", [SAME, MIXED], ids=["one shape", "several shapes"])
