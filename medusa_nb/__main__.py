@@ -81,9 +81,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--limit", type=int, default=24)
     measure.add_argument("--repeats", type=int, default=3)
     measure.add_argument("--max-new-tokens", type=int, default=160)
-    how = measure.add_mutually_exclusive_group()
-    how.add_argument("--eager", action="store_true", help="do not compile")
-    how.add_argument("--tune", action="store_true", help="take longer to compile, for faster code")
+    measure.add_argument("--eager", action="store_true", help="do not compile")
     measure.set_defaults(command=command_measure)
 
     export = commands.add_parser("export", help="write heads for other software, check them, publish them")
@@ -234,9 +232,9 @@ def command_measure(options) -> None:
     ids = [_prompt_ids(model, tokenizer, first_turn(row["messages"])) for row in prompts]
     capacity = max(x.shape[1] for x in ids) + options.max_new_tokens + ROOM_FOR_A_TREE
     plain = Decoder(model, capacity=capacity)
-    medusa = _medusa_decoder(options, model, capacity, compiled=not options.eager, tune=options.tune)
+    medusa = _medusa_decoder(options, model, capacity, compiled=not options.eager)
     if not options.eager:
-        plain.compile(options.tune)
+        plain.compile()
     decoders = standard_decoders(medusa, plain, options.max_new_tokens, eos_token_ids(model, tokenizer))
     timings = compare(decoders, ids, options.repeats)
     for name, timing in timings.items():

@@ -11,7 +11,6 @@ from medusa_nb.decoding import Decoder
 from medusa_nb.drafting import DynamicDraft, TreeDraft
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import (
-    TUNED_SHAPES,
     BlindDraft,
     Shape,
     StepTimer,
@@ -30,8 +29,7 @@ from medusa_nb.tree import build_tree
 GENERATE, LOOP, MEDUSA = "model.generate", "our loop, compiled", "+ n-grams in the tree (Medusa)"
 WIDE = 16  # nodes of a tree that looks for most tokens per pass, whatever its passes cost
 WIDER = f"Medusa, {WIDE} nodes"
-SLIM = TUNED_SHAPES[0]
-TUNED_LOOP, TUNED = "our loop, tuned", f"Medusa, tuned, {SLIM[0]} nodes"
+LIBRARY_LOOP, LIBRARY = "our loop, library's kernels", "Medusa, library's kernels"
 
 
 @dataclass
@@ -84,18 +82,18 @@ def prepare(
         **{name: Decoder(model, capacity=capacity, draft=draft) for name, draft in drafts.items()},
         MEDUSA: best,
         WIDER: growing_decoder(model, heads, calibration, (WIDE, heads.num_heads), capacity),
-        TUNED_LOOP: Decoder(model, capacity=capacity),
-        TUNED: growing_decoder(model, heads, calibration, (SLIM[0], min(SLIM[1], heads.num_heads)), capacity),
+        LIBRARY_LOOP: Decoder(model, capacity=capacity),
+        LIBRARY: Decoder(model, capacity=capacity, draft=best.draft),
         "Medusa, eager": Decoder(model, capacity=capacity, draft=best.draft),
     }
     blind = {
         n: Decoder(model, capacity=capacity, draft=BlindDraft(n, lm_head.shape[0], device))
-        for n in sorted({decoder.draft.size for name, decoder in decoders.items() if name != TUNED} - {1})
+        for n in sorted({decoder.draft.size for decoder in decoders.values()} - {1})
     }
     for decoder in (*(decoders[name] for name in (LOOP, *drafts, WIDER)), *blind.values()):
         decoder.compile()
-    for name in (TUNED_LOOP, TUNED):
-        decoders[name].compile(tune=True)
+    for name in (LIBRARY_LOOP, LIBRARY):
+        decoders[name].compile(library=True)
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
     calls["prompt lookup"] = lambda ids: transformers_generate(
         model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
@@ -145,7 +143,7 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
 
 def prepared(decoder: Decoder) -> tuple[bool, bool]:
     """How a decoder's step is run; steps can be compared part by part where that is the same."""
-    return decoder.compiled, decoder.tuned
+    return decoder.compiled, decoder.library
 
 
 def figures(timing: Timing, timings: dict[str, Timing], keep: list[bool] | None) -> dict:

@@ -21,12 +21,6 @@ ON_A_CPU = {  # options of Inductor
     "cpp.enable_concat_linear": True,  # layers that read the same states (q, k, v; gate, up) are one matrix
     "cpp_wrapper": True,  # kernels are called from C++: a small model's step is some hundred calls
 }
-TUNED = {  # Inductor writes each multiplication in C++ itself, too, and takes what is faster here than the library's
-    "max_autotune_gemm": True,
-    "max_autotune_gemm_backends": "CPP,ATEN",
-    "autotune_num_choices_displayed": 0,
-    "max_autotune_report_choices_stats": False,
-}
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -125,38 +119,43 @@ def packed_for_onednn():
 
 
 @contextmanager
-def compiling(weight: torch.Tensor, rows: int, dynamic: str, tune: bool = False):
+def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = False):
     """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
 
-    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape. ``tune``: try more.
+    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape. ``library``: leave
+    multiplying to the libraries, also where :mod:`medusa_nb.micro_gemm` is faster.
     """
-    from torch._inductor import config as inductor  # who decodes eagerly needs no compiler
+    from torch._inductor import config  # who decodes eagerly needs no compiler
+
+    from medusa_nb.micro_gemm import own_products, serves
 
     cpu = weight.device.type == "cpu"
+    own = cpu and not library and serves(weight.dtype, rows)
     with (
-        packed_for_onednn() if cpu and onednn_is_faster(weight, rows) else nullcontext(),
+        own_products() if own else nullcontext(),
+        packed_for_onednn() if own or cpu and onednn_is_faster(weight, rows) else nullcontext(),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
-        inductor.patch((ON_A_CPU | (TUNED if tune else {})) if cpu else {}),
+        config.patch(ON_A_CPU if cpu else {}),
         torch.compiler.config.patch(dynamic_sources=dynamic if cpu else ""),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # Inductor's own use of it, while it tunes
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # Inductor's own use of it
         yield
 
 
-def compile_step(decoder, tune: bool = False):
+def compile_step(decoder, library: bool = False):
     """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
 
     Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
     CPU every linear layer is laid out for exactly this number of rows; only ``span``, how far attention looks back,
     may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. On a
     CPU the decoder also gets the model's :class:`CompiledReader`. Where no compiler works the eager step is returned,
-    None, and why. ``tune``: choose the code of each multiplication by timing it.
+    None, and why. ``library``: see :func:`compiling`.
     """
     device = decoder.verifier.device
     cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
-    mode = None if cpu else "max-autotune" if tune else "reduce-overhead"
+    mode = None if cpu else "reduce-overhead"
     run = compiled(decoder.step, whole=whole, always_fits=whole, mode=mode)
 
     def step(state, span):
@@ -166,7 +165,7 @@ def compile_step(decoder, tune: bool = False):
     lm_head = decoder.model.get_output_embeddings().weight
     started = time.perf_counter()
     try:
-        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']", tune=tune):
+        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']", library=library):
             prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
             state = decoder.start(prompts)
             span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity
@@ -177,7 +176,7 @@ def compile_step(decoder, tune: bool = False):
     why_eager = ""
     if cpu:
         try:
-            decoder.verifier.read = CompiledReader.of(decoder.model)
+            decoder.verifier.read = CompiledReader.of(decoder.model, library)
         except Exception as error:
             why_eager = f"prompts are read eagerly: {first_line(error)}"
 
@@ -224,11 +223,11 @@ class CompiledReader:
     which starts without one.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, library: bool = False):
         self.model, self.weights = model, weights_state(model)
         self.any_length = attention_window(model) is None  # else a graph may be for prompts shorter than the window
         self.run = compiled(self.read, always_fits=self.any_length)
-        with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1"):
+        with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1", library=library):
             longest = min(64, context_length(model) or 64)
             for length in (longest, longest // 2):
                 self.run(torch.zeros(1, length, dtype=torch.long), torch.tensor([length - 1]))
@@ -247,11 +246,12 @@ class CompiledReader:
         return read_prompts(self.model, ids, last)
 
     @classmethod
-    def of(cls, model) -> "CompiledReader":
+    def of(cls, model, library: bool = False) -> "CompiledReader":
         """The reader of this model. Weights are constants of compiled code: if they changed, it is made anew."""
-        known = model.__dict__.get("_medusa_reader")
+        name = "_medusa_library_reader" if library else "_medusa_reader"
+        known = model.__dict__.get(name)
         if known is None or known.weights != weights_state(model):
-            known = model.__dict__["_medusa_reader"] = cls(model)
+            known = model.__dict__[name] = cls(model, library)
         return known
 
 

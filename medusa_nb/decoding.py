@@ -97,7 +97,7 @@ class Decoder:
         self.model, self.slots, self.capacity = model, slots, capacity
         self.verifier = Verifier(model, slots, capacity, choose, accept)
         self.draft = draft or TreeDraft(heads, tree, self.verifier.device)
-        self.run, self.compile_seconds, self.why_eager, self.tuned = self.step, None, "", False
+        self.run, self.compile_seconds, self.why_eager, self.library = self.step, None, "", False
 
     def step(self, state: State, span: int) -> tuple[State, torch.Tensor]:
         """Guess a tree, check it in one pass, keep the longest right path. Nothing here waits for the host.
@@ -123,15 +123,14 @@ class Decoder:
         record = torch.cat([count.unsqueeze(1), emitted, path, candidates.tokens, candidates.parents, copied], dim=1)
         return State(root, hidden, state.lengths + count, text), record
 
-    def compile(self, tune: bool = False) -> float | None:
+    def compile(self, library: bool = False) -> float | None:
         """Compile the step for this machine; return the seconds it took.
 
-        ``tune``: time several ways to multiply for each matrix and keep the fastest, a minute or two more. On a CPU
-        that pays most where a step has one to four rows. Where no compiler works: None, ``why_eager`` says what it
-        tripped over, and decoding goes on eagerly.
+        ``library``: leave every multiplication to the libraries, also where our own kernel is faster (to compare).
+        Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
-        self.run, self.compile_seconds, self.why_eager = compile_step(self, tune)
-        self.tuned = tune
+        self.run, self.compile_seconds, self.why_eager = compile_step(self, library)
+        self.library = library
         return self.compile_seconds
 
     @property

@@ -29,7 +29,6 @@ Decode = Callable[[torch.Tensor], Generation]
 Shape = tuple[int, int]  # of a growing tree: nodes, and how deep the heads guess
 # what is tried: with few more rows than one a CPU's matrix kernels may take no longer (6), or a little (8)
 SHAPES: tuple[Shape, ...] = ((6, 4), (8, 4))
-TUNED_SHAPES: tuple[Shape, ...] = ((4, 3), (6, 4))  # kernels that are tuned gain most where there are few rows
 WIDE_SHAPES: tuple[Shape, ...] = ((8, 4), (16, 4), (32, 4))  # where launching costs more than arithmetic
 
 
@@ -126,7 +125,6 @@ def fastest_decoder(
     capacity: int = 512,
     compiled: bool = True,
     remember: str | Path | None = None,
-    tune: bool = False,
 ) -> Decoder:
     """The growing decoder whose tree gives most tokens a second here.
 
@@ -136,9 +134,8 @@ def fastest_decoder(
         shapes: what is tried; by default what may be fastest with this device and way of running.
         compiled: compile, where a compiler works.
         remember: the heads' folder; shapes measured there on this machine with this dtype are not tried again.
-        tune: compile as :meth:`Decoder.compile` does with ``tune``.
     """
-    key, shapes = measured_on(model, compiled, tune), list(shapes or shapes_to_try(model, compiled, tune))
+    key, shapes = measured_on(model, compiled), list(shapes or shapes_to_try(model, compiled))
     file = Path(remember) / SPEEDS if remember else None
     known = json.loads(file.read_text()) if file and file.exists() else {}
     rates = {shape: known[key][name_of(shape)] for shape in shapes if name_of(shape) in known.get(key, {})}
@@ -147,7 +144,7 @@ def fastest_decoder(
     decoders = {shape: growing_decoder(model, heads, calibration, shape, capacity) for shape in trying}
     if compiled:
         for decoder in decoders.values():
-            decoder.compile(tune)
+            decoder.compile()
     if not measured:
         seconds = time_steps(decoders, past=max(1, min(capacity // 2, capacity - max(size for size, _ in shapes))))
         rates = {shape: calibrated_tokens(decoder, calibration) / seconds[shape] for shape, decoder in decoders.items()}
@@ -157,11 +154,9 @@ def fastest_decoder(
     return decoders[max(decoders, key=rates.get)]
 
 
-def shapes_to_try(model, compiled: bool, tune: bool) -> tuple[Shape, ...]:
+def shapes_to_try(model, compiled: bool) -> tuple[Shape, ...]:
     """Trees that may be the fastest with this model's device and way of running."""
-    if model.device.type != "cpu" or not compiled:
-        return WIDE_SHAPES
-    return TUNED_SHAPES if tune else SHAPES
+    return SHAPES if model.device.type == "cpu" and compiled else WIDE_SHAPES
 
 
 def name_of(shape: Shape) -> str:
@@ -179,12 +174,12 @@ def calibrated_tokens(decoder: Decoder, calibration: Calibration, max_new_tokens
     return sum(counts) / len(counts) if counts else 1.0
 
 
-def measured_on(model, compiled: bool, tune: bool = False) -> str:
+def measured_on(model, compiled: bool) -> str:
     """What a step's time depends on, in words."""
     about = machine(model)
     names = ("processor", "threads", "accelerator", "torch", "transformers", "device", "dtype")
     stated = ", ".join(f"{name} {about[name]}" for name in names if name in about)
-    way = ("tuned" if tune else "compiled") if compiled else "eager"
+    way = "compiled" if compiled else "eager"
     return f"{stated}, {way}, base model {base_fingerprint(model)[:16]}"
 
 

@@ -5,9 +5,8 @@ import warnings
 import torch
 from conftest import EOS
 from test_heads import random_heads, seeing_heads
-from torch._dynamo.utils import counters
 
-from medusa_nb.benchmark import GENERATE, LOOP, MEDUSA, SLIM, TUNED, TUNED_LOOP, WIDE, WIDER, prepare, run
+from medusa_nb.benchmark import GENERATE, LIBRARY, LIBRARY_LOOP, LOOP, MEDUSA, WIDE, WIDER, prepare, run
 from medusa_nb.calibration import Calibration
 from medusa_nb.tree import count_ranks
 
@@ -17,12 +16,10 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     known = Calibration(ranks, torch.full((4, 3), 0.3), torch.arange(20), [[5, 6, 7]])
     plain, heads = random_heads(small_model, K=2).requires_grad_(False), seeing_heads(small_model, K=2)
     sizes = dict(shapes=((4, 2),), capacity=64, max_new_tokens=12, eos=[EOS])
-    templates = counters["inductor"]["cpp_templated_kernel_counter"]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         contestants = prepare(small_model, plain, known, heads, known, **sizes)
     assert not [str(warning.message) for warning in seen if "TypedStorage" in str(warning.message)]
-    assert counters["inductor"]["cpp_templated_kernel_counter"] > templates  # some were faster than the library
     eager = {name for name, decoder in contestants.decoders.items() if not decoder.compiled}
     assert eager == {"our loop, eager", "Medusa, eager"}
     assert contestants.blind.keys() == {4, WIDE} and all(decoder.compiled for decoder in contestants.blind.values())
@@ -31,6 +28,6 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     assert rows.keys() == contestants.calls.keys() and all(row["identical"]["identical"] == 2 for row in rows.values())
     assert {name: rows[name]["tree"] for name in (LOOP, MEDUSA, WIDER)} == {LOOP: 1, MEDUSA: 4, WIDER: WIDE}
     assert "share_of_achievable" in rows[WIDER]["without_loops"] and "tree" not in rows[GENERATE]
-    assert rows[TUNED_LOOP]["tree"] == 1 and contestants.decoders[TUNED].draft.size == SLIM[0]
+    assert rows[LIBRARY_LOOP]["tree"] == 1 and contestants.decoders[LIBRARY].library
     # what is not compiled as the blind ones are cannot be taken apart by them
-    assert "ms_draft" not in rows[TUNED] | rows["Medusa, eager"]
+    assert "ms_draft" not in rows[LIBRARY] | rows["Medusa, eager"]

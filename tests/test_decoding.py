@@ -42,6 +42,7 @@ from medusa_nb.decoding import (
 from medusa_nb.drafting import Candidates, DynamicDraft, TreeDraft
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
+from medusa_nb.micro_gemm import serves
 from medusa_nb.tree import ROOT_ONLY, chain, tree_from_paths
 from medusa_nb.verification import read_prompts, same
 
@@ -263,13 +264,16 @@ def test_a_decoder_serves_many_prompts(small_model):
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[4]], ids=lambda config: config.model_type)
-@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mkl"])
-def test_the_compiled_step_gives_the_same_text(config, onednn, monkeypatch, compiler_works):
-    monkeypatch.setattr(compilation, "onednn_is_faster", lambda weight, rows: onednn)
+@pytest.mark.parametrize("kernels", ["ours", "onednn", "mkl"])
+def test_the_compiled_step_gives_the_same_text(config, kernels, monkeypatch, compiler_works):
+    monkeypatch.setattr(compilation, "onednn_is_faster", lambda weight, rows: kernels == "onednn")
     model = random_model(config, seed=5)
     heads, tree = random_heads(model, 3, seed=5), random_tree(3, 9, seed=5)
     decoder = Decoder(model, heads, tree, capacity=96 + 9)
-    assert decoder.compile() and decoder.compiled, decoder.why_eager
+    products = counters["inductor"]["cpp_templated_kernel_counter"]
+    assert decoder.compile(library=kernels != "ours") and decoder.compiled, decoder.why_eager
+    written = counters["inductor"]["cpp_templated_kernel_counter"] > products
+    assert written == (kernels == "ours" and serves(model.dtype, 9))
     graphs = counters["stats"]["unique_graphs"]
     for length in (2, 25, 60):
         ids = prompt(length, seed=length)
@@ -362,7 +366,7 @@ def test_without_a_compiler_decoding_goes_on(small_model, monkeypatch):
 
 
 def test_where_only_the_prompt_pass_does_not_compile_it_stays_eager(small_model, monkeypatch, compiler_works):
-    def no_graph(self, model):
+    def no_graph(self, model, library):
         raise RuntimeError("a graph break")
 
     monkeypatch.setattr(CompiledReader, "__init__", no_graph)

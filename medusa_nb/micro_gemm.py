@@ -1,0 +1,176 @@
+"""Multiplying a tree's few rows by a matrix on a CPU: a micro kernel for Inductor's C++ template.
+
+Inductor writes the loops around a product (threads, cache blocks, what is done with the result) and asks a *micro
+kernel* for one small block of it. This one is made for exactly as many rows as there are: their sums stay in registers
+while the weights are read once. In bfloat16 it adds the products of two neighbours in one instruction (``vdpbf16ps``),
+where Inductor's own kernel turns every weight into float32 first.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch._inductor.lowering  # must come before the parts below, which import it in a circle
+from torch._inductor import config as inductor
+from torch._inductor import mkldnn_lowerings
+from torch._inductor.codegen import cpp_micro_gemm
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512VNNI
+
+MOST_ROWS = 8  # of a block; more rows are several blocks
+WIDE, NARROW = (64, 32), (16, 8)  # columns of a block of up to six rows, and of more: registers of 512 bits, of 256
+
+KERNEL = r"""
+// C[ROWS, {{columns}}] (+)= A[ROWS, K] @ B[K, {{columns}}]
+template <int ROWS, bool accum>
+{{target}} void {{kernel_name}}_block(
+    const {{input_t}}* __restrict__ A, const {{input2_t}}* __restrict__ B, float* __restrict__ C,
+    int64_t K, int64_t lda, int64_t ldb, int64_t ldc
+) {
+    constexpr int COLS = {{columns}} / {{lanes}};
+    {{vector}} sum[ROWS][COLS];
+    #pragma GCC unroll {{most_rows}}
+    for (int row = 0; row < ROWS; row++)
+        #pragma GCC unroll {{columns}}
+        for (int col = 0; col < COLS; col++)
+            sum[row][col] = accum ? {{mm}}_loadu_ps(C + row * ldc + col * {{lanes}}) : {{mm}}_setzero_ps();
+    for (int64_t k = 0; k < K; k += {{together}}) {
+        {{factor}} b[COLS];
+        #pragma GCC unroll {{columns}}
+        for (int col = 0; col < COLS; col++)
+            b[col] = {{load("B + k * ldb + col * %d" % (lanes * together))}};
+        #pragma GCC unroll {{most_rows}}
+        for (int row = 0; row < ROWS; row++) {
+            {{factor}} a = {{repeat("A + row * lda + k")}};
+            #pragma GCC unroll {{columns}}
+            for (int col = 0; col < COLS; col++)
+                sum[row][col] = {{add("sum[row][col]", "a", "b[col]")}};
+        }
+    }
+    #pragma GCC unroll {{most_rows}}
+    for (int row = 0; row < ROWS; row++)
+        #pragma GCC unroll {{columns}}
+        for (int col = 0; col < COLS; col++)
+            {{mm}}_storeu_ps(C + row * ldc + col * {{lanes}}, sum[row][col]);
+}
+
+{{declare_kernel}} {
+    for (int64_t n = 0; n < N; n += {{columns}}) {
+        int64_t m = 0;
+        {%- for rows in blocks %}
+        for (; m + {{rows}} <= M; m += {{rows}})
+            {{kernel_name}}_block<{{rows}}, accum>(A + m * lda, B + n, C + m * ldc + n, K, lda, ldb, ldc);
+        {%- endfor %}
+    }
+}
+"""
+
+
+class RowBlock(cpp_micro_gemm.CppMicroGemm):
+    """``C[M, N] = A[M, K] @ B[K, N]``, summed in float32; N is a multiple of the block's columns.
+
+    In bfloat16 B lies as ``[K / 2, N, 2]``: two neighbours of a column side by side.
+    """
+
+    def codegen_define(self, kernel) -> str:
+        rows, columns, together = self.register_blocking
+        instructions = paired_bfloat16() if together == 2 else float32(512 if columns in WIDE else 256)
+        return CppTemplate._template_from_string(KERNEL).render(
+            **self.get_common_options(),
+            **instructions,
+            declare_kernel=self.get_kernel_declaration(),
+            columns=columns,
+            together=together,
+            most_rows=MOST_ROWS,
+            blocks=[rows, *(few for few in (4, 2, 1) if few < rows)],
+        )
+
+    def get_b_layout(self) -> cpp_micro_gemm.LayoutType:
+        together = self.register_blocking.block_k
+        return cpp_micro_gemm.LayoutType.VNNI2 if together == 2 else cpp_micro_gemm.LayoutType.NORMAL
+
+
+def float32(bits: int) -> dict:
+    """Instructions for float32 in registers of so many bits."""
+    mm = "_mm512" if bits == 512 else "_mm256"
+    return dict(
+        target="inline",
+        mm=mm,
+        lanes=bits // 32,
+        vector=f"__m{bits}",
+        factor=f"__m{bits}",
+        load=lambda place: f"{mm}_loadu_ps({place})",
+        repeat=lambda place: f"{mm}_set1_ps(*({place}))",
+        add=lambda total, a, b: f"{mm}_fmadd_ps({a}, {b}, {total})",
+    )
+
+
+def paired_bfloat16() -> dict:
+    """Instructions for pairs of bfloat16 in registers of 512 bits."""
+    return dict(
+        target='__attribute__((target("avx512bf16")))',  # Inductor's own flags leave it out
+        mm="_mm512",
+        lanes=16,
+        vector="__m512",
+        factor="__m512bh",
+        load=lambda place: f"(__m512bh)_mm512_loadu_si512({place})",
+        repeat=lambda place: f"(__m512bh)_mm512_set1_epi32(c10::load((const int32_t*)({place})))",
+        add=lambda total, a, b: f"_mm512_dpbf16_ps({total}, {a}, {b})",
+    )
+
+
+def serves(dtype: torch.dtype, rows: int) -> bool:
+    """Whether products of so many rows are best left to this kernel, here.
+
+    Libraries are ahead where a processor multiplies whole tiles of bfloat16 (AMX), and for many rows with AVX2.
+    """
+    if sys.platform == "win32" or not torch.cpu._is_avx2_supported():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and (torch.cpu._is_vnni_supported() or rows <= 2 * MOST_ROWS)
+
+
+def fits(config, m, n, k, alpha, num_threads, **about) -> bool:
+    """Whether a block is for this product: blocks of about as many rows each, and all of K."""
+    rows, _, together = config.register_blocking
+    blocks = -(-m // MOST_ROWS)
+    return rows == (MOST_ROWS if about["dynamic_M"] else -(-m // blocks)) and k % together == 0
+
+
+def configs() -> list[cpp_micro_gemm.CppMicroGemmConfig]:
+    """Blocks for each kind of processor and number: their sums fill most of its registers."""
+
+    def blocks(isa, widths, together, dtype):
+        sizes = [(rows, widths[rows > 6], together) for rows in range(1, MOST_ROWS + 1)]
+        return cpp_micro_gemm.generate_gemm_config(isa, sizes, dtype, output_dtype=torch.float, extra_check=fits)
+
+    return [
+        *blocks(VecAVX512VNNI, WIDE, 2, torch.bfloat16),
+        *blocks(VecAVX512VNNI, WIDE, 1, torch.float32),
+        *blocks(VecAVX2, NARROW, 1, torch.float32),
+    ]
+
+
+@contextmanager
+def own_products() -> Iterator[None]:
+    """Let Inductor write every product with weights itself, with this kernel; nothing is timed to choose."""
+    others = {
+        kind: [config for config in known if config.input_dtype != torch.float32]
+        for kind, known in cpp_micro_gemm.micro_gemm_configs.items()
+    }
+    in_cpp = mkldnn_lowerings.use_cpp_gemm_template
+
+    def weights_in_cpp(*arguments, **options) -> bool:  # asked of products with weights only
+        with inductor.patch(max_autotune_gemm_backends="CPP"):
+            return in_cpp(*arguments, **options)
+
+    with (
+        patch.dict(cpp_micro_gemm.micro_gemm_configs, {RowBlock: configs()} | others, clear=True),
+        patch.object(mkldnn_lowerings, "use_cpp_gemm_template", weights_in_cpp),
+        patch.object(mkldnn_lowerings, "use_aten_gemm_kernels", lambda: False),
+        inductor.patch(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"),
+    ):
+        yield

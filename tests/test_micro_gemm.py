@@ -1,0 +1,104 @@
+"""Our kernel against torch's product: every number of rows, odd sizes, both number formats and register widths."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
+
+from medusa_nb.compilation import compiling
+from medusa_nb.micro_gemm import MOST_ROWS, serves
+
+needs_avx2 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor has no AVX2")
+needs_avx512 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the processor has no AVX512 VNNI")
+needs_pairs = pytest.mark.skipif(not serves(torch.bfloat16, 1), reason="bfloat16 is not multiplied in pairs here")
+PROCESSORS = [
+    pytest.param(torch.float32, 256, marks=needs_avx2),
+    pytest.param(torch.float32, 512, marks=needs_avx512),
+    pytest.param(torch.bfloat16, 512, marks=needs_pairs),
+]
+
+
+def products(layer, xs, dynamic="", bits=None, library=False):
+    """What a compiled layer makes of each x, and the code that Inductor wrote."""
+    width = inductor.patch({"cpp.simdlen": bits}) if bits else nullcontext()
+    with compiling(layer.weight, len(xs[0]), dynamic, library), width:
+        run = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        first, code = run_and_get_code(run, xs[0])
+        return [first, *(run(x) for x in xs[1:])], "\n".join(code)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), PROCESSORS)
+@pytest.mark.parametrize("rows", [*range(1, MOST_ROWS + 2), 11, 16, 17, 31])
+def test_any_number_of_rows(rows, dtype, bits, compiler_works):
+    torch.manual_seed(rows)
+    layer, x = torch.nn.Linear(70, 90, bias=rows % 2 == 0).to(dtype).eval(), torch.randn(rows, 70, dtype=dtype)
+    if not serves(dtype, rows) or bits == 256 and rows > 2 * MOST_ROWS:
+        pytest.skip("a library's kernel is taken for so many rows")
+    [made], code = products(layer, [x], bits=bits)
+    blocks = -(-rows // MOST_ROWS)
+    assert f"_block<{-(-rows // blocks)}, accum>" in code
+    assert ("_mm512_" in code, "_dpbf16_" in code) == (bits == 512, dtype == torch.bfloat16)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(made, layer.double()(x.double()).to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), PROCESSORS[1:])
+def test_prompts_of_any_length(dtype, bits, compiler_works):
+    layer = torch.nn.Linear(64, 100).to(dtype).eval()
+    xs = [torch.randn(rows, 64, dtype=dtype) for rows in (64, 2, 3, 7, 8, 13, 200)]
+    made, code = products(layer, xs, dynamic="L['input']")
+    assert f"_block<{MOST_ROWS}, accum>" in code
+    for x, y in zip(xs, made, strict=True):
+        torch.testing.assert_close(y, layer(x), rtol=2e-2, atol=2e-2)
+
+
+@needs_pairs
+def test_an_odd_number_of_inputs_is_left_to_others(compiler_works):
+    layer, x = torch.nn.Linear(33, 64).bfloat16().eval(), torch.randn(3, 33).bfloat16()
+    [made], code = products(layer, [x])
+    assert "dpbf16" not in code
+    torch.testing.assert_close(made, layer(x), rtol=2e-2, atol=2e-2)
+
+
+@needs_avx2
+def test_the_library_on_request_and_nothing_is_left_behind(compiler_works):
+    layer, x = torch.nn.Linear(64, 64).eval(), torch.randn(3, 64)
+    products(layer, [x])
+    for library in (True, False):
+        [made], code = products(layer, [x], library=library)
+        assert ("_block<3, accum>" in code) != library
+        torch.testing.assert_close(made, layer(x), rtol=1e-5, atol=1e-5)
+    said, code = run_and_get_code(torch.compile(layer.forward, fullgraph=True, dynamic=False), x)
+    assert "_block<" not in "\n".join(code)
+
+
+@needs_avx2
+def test_products_without_weights_compile_too(compiler_works):
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, input):
+            query = (input @ self.weight).view(3, 4, 16).transpose(0, 1)
+            return query @ query.transpose(1, 2)
+
+    module, x = Scores().eval(), torch.randn(3, 64)
+    [made], _ = products(module, [x])
+    torch.testing.assert_close(made, module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_best_left_to_a_library(monkeypatch):
+    has = dict(avx2=True, vnni=True, avx512_bf16=True, amx_tile=False)
+    for name in has:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: has[name])
+    half, full = torch.bfloat16, torch.float32
+    assert serves(half, 1) and serves(full, 1) and serves(full, 64) and not serves(torch.float16, 1)
+    has["amx_tile"] = True
+    assert not serves(half, 1) and serves(full, 1)
+    has.update(vnni=False, avx512_bf16=False, amx_tile=False)
+    assert not serves(half, 1) and serves(full, 16) and not serves(full, 17)
+    has["avx2"] = False
+    assert not serves(full, 1)
