@@ -17,6 +17,7 @@ PARTS: dict[str, set[str] | None] = {
     "drafting": None,
     "verification": None,
     "sampling": {"Sampler"},
+    "micro_gemm": None,
     "compilation": None,
     "decoding": None,
     "custom_generate": None,

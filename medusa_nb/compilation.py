@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from medusa_nb.base_model import attention_window, context_length
+from medusa_nb.micro_gemm import own_products, serves
 from medusa_nb.verification import read_prompts
 
 GROUPED = "medusa_grouped_sdpa"
@@ -126,8 +127,6 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = Fal
     multiplying to the libraries, also where :mod:`medusa_nb.micro_gemm` is faster.
     """
     from torch._inductor import config  # who decodes eagerly needs no compiler
-
-    from medusa_nb.micro_gemm import own_products, serves
 
     cpu = weight.device.type == "cpu"
     own = cpu and not library and serves(weight.dtype, rows)

@@ -9,20 +9,16 @@ where Inductor's own kernel turns every weight into float32 first.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from unittest.mock import patch
 
 import torch
-import torch._inductor.lowering  # must come before the parts below, which import it in a circle
-from torch._inductor import config as inductor
-from torch._inductor import mkldnn_lowerings
-from torch._inductor.codegen import cpp_micro_gemm
-from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512VNNI
 
 MOST_ROWS = 8  # of a block; more rows are several blocks
-WIDE, NARROW = (64, 32), (16, 8)  # columns of a block of up to six rows, and of more: registers of 512 bits, of 256
+# columns of a block of up to six rows, and of more: with registers of 512 bits, of 256
+COLUMNS_512, COLUMNS_256 = (64, 32), (16, 8)
 
-KERNEL = r"""
+ROW_BLOCK = r"""
 // C[ROWS, {{columns}}] (+)= A[ROWS, K] @ B[K, {{columns}}]
 template <int ROWS, bool accum>
 {{target}} void {{kernel_name}}_block(
@@ -68,28 +64,35 @@ template <int ROWS, bool accum>
 """
 
 
-class RowBlock(cpp_micro_gemm.CppMicroGemm):
-    """``C[M, N] = A[M, K] @ B[K, N]``, summed in float32; N is a multiple of the block's columns.
+@cache
+def row_block() -> type:
+    """The kernel as a class for Inductor, which is loaded only when something is compiled.
 
-    In bfloat16 B lies as ``[K / 2, N, 2]``: two neighbours of a column side by side.
+    ``C[M, N] = A[M, K] @ B[K, N]``, summed in float32; N is a multiple of the block's columns. In bfloat16 B lies as
+    ``[K / 2, N, 2]``: two neighbours of a column side by side.
     """
+    import torch._inductor.lowering  # noqa: F401  # must come first: the parts below import it in a circle
+    from torch._inductor.codegen.cpp_micro_gemm import CppMicroGemm, LayoutType
+    from torch._inductor.codegen.cpp_template import CppTemplate
 
-    def codegen_define(self, kernel) -> str:
-        rows, columns, together = self.register_blocking
-        instructions = paired_bfloat16() if together == 2 else float32(512 if columns in WIDE else 256)
-        return CppTemplate._template_from_string(KERNEL).render(
-            **self.get_common_options(),
-            **instructions,
-            declare_kernel=self.get_kernel_declaration(),
-            columns=columns,
-            together=together,
-            most_rows=MOST_ROWS,
-            blocks=[rows, *(few for few in (4, 2, 1) if few < rows)],
-        )
+    class RowBlock(CppMicroGemm):
+        def codegen_define(self, kernel) -> str:
+            rows, columns, together = self.register_blocking
+            instructions = paired_bfloat16() if together == 2 else float32(512 if columns in COLUMNS_512 else 256)
+            return CppTemplate._template_from_string(ROW_BLOCK).render(
+                **self.get_common_options(),
+                **instructions,
+                declare_kernel=self.get_kernel_declaration(),
+                columns=columns,
+                together=together,
+                most_rows=MOST_ROWS,
+                blocks=[rows, *(few for few in (4, 2, 1) if few < rows)],
+            )
 
-    def get_b_layout(self) -> cpp_micro_gemm.LayoutType:
-        together = self.register_blocking.block_k
-        return cpp_micro_gemm.LayoutType.VNNI2 if together == 2 else cpp_micro_gemm.LayoutType.NORMAL
+        def get_b_layout(self) -> LayoutType:
+            return LayoutType.VNNI2 if self.register_blocking.block_k == 2 else LayoutType.NORMAL
+
+    return RowBlock
 
 
 def float32(bits: int) -> dict:
@@ -133,44 +136,53 @@ def serves(dtype: torch.dtype, rows: int) -> bool:
     return dtype == torch.float32 and (torch.cpu._is_vnni_supported() or rows <= 2 * MOST_ROWS)
 
 
-def fits(config, m, n, k, alpha, num_threads, **about) -> bool:
+def fits_rows(config, m, n, k, alpha, num_threads, **about) -> bool:
     """Whether a block is for this product: blocks of about as many rows each, and all of K."""
     rows, _, together = config.register_blocking
     blocks = -(-m // MOST_ROWS)
     return rows == (MOST_ROWS if about["dynamic_M"] else -(-m // blocks)) and k % together == 0
 
 
-def configs() -> list[cpp_micro_gemm.CppMicroGemmConfig]:
-    """Blocks for each kind of processor and number: their sums fill most of its registers."""
+def row_blocks() -> list:
+    """Inductor's descriptions of the blocks, for each kind of processor and number.
 
-    def blocks(isa, widths, together, dtype):
-        sizes = [(rows, widths[rows > 6], together) for rows in range(1, MOST_ROWS + 1)]
-        return cpp_micro_gemm.generate_gemm_config(isa, sizes, dtype, output_dtype=torch.float, extra_check=fits)
+    Their sums fill most of its registers.
+    """
+    from torch._inductor.codegen.cpp_micro_gemm import generate_gemm_config
+    from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512VNNI
+
+    def blocks(isa, columns, together, dtype):
+        sizes = [(rows, columns[rows > 6], together) for rows in range(1, MOST_ROWS + 1)]
+        return generate_gemm_config(isa, sizes, dtype, output_dtype=torch.float, extra_check=fits_rows)
 
     return [
-        *blocks(VecAVX512VNNI, WIDE, 2, torch.bfloat16),
-        *blocks(VecAVX512VNNI, WIDE, 1, torch.float32),
-        *blocks(VecAVX2, NARROW, 1, torch.float32),
+        *blocks(VecAVX512VNNI, COLUMNS_512, 2, torch.bfloat16),
+        *blocks(VecAVX512VNNI, COLUMNS_512, 1, torch.float32),
+        *blocks(VecAVX2, COLUMNS_256, 1, torch.float32),
     ]
 
 
 @contextmanager
 def own_products() -> Iterator[None]:
     """Let Inductor write every product with weights itself, with this kernel; nothing is timed to choose."""
+    kernel = row_block()
+    from torch._inductor import config, mkldnn_lowerings
+    from torch._inductor.codegen.cpp_micro_gemm import micro_gemm_configs
+
     others = {
-        kind: [config for config in known if config.input_dtype != torch.float32]
-        for kind, known in cpp_micro_gemm.micro_gemm_configs.items()
+        kind: [known for known in listed if known.input_dtype != torch.float32]
+        for kind, listed in micro_gemm_configs.items()
     }
     in_cpp = mkldnn_lowerings.use_cpp_gemm_template
 
     def weights_in_cpp(*arguments, **options) -> bool:  # asked of products with weights only
-        with inductor.patch(max_autotune_gemm_backends="CPP"):
+        with config.patch(max_autotune_gemm_backends="CPP"):
             return in_cpp(*arguments, **options)
 
     with (
-        patch.dict(cpp_micro_gemm.micro_gemm_configs, {RowBlock: configs()} | others, clear=True),
+        patch.dict(micro_gemm_configs, {kernel: row_blocks()} | others, clear=True),
         patch.object(mkldnn_lowerings, "use_cpp_gemm_template", weights_in_cpp),
         patch.object(mkldnn_lowerings, "use_aten_gemm_kernels", lambda: False),
-        inductor.patch(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"),
+        config.patch(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"),
     ):
         yield
