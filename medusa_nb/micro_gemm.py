@@ -125,15 +125,20 @@ def paired_bfloat16() -> dict:
 
 
 def serves(dtype: torch.dtype, rows: int) -> bool:
-    """Whether products of so many rows are best left to this kernel, here.
+    """Whether products of so many rows are best left to this kernel, with the instructions Inductor uses here.
 
     Libraries are ahead where a processor multiplies whole tiles of bfloat16 (AMX), and for many rows with AVX2.
     """
-    if sys.platform == "win32" or not torch.cpu._is_avx2_supported():
+    from torch._inductor.cpu_vec_isa import VecAMX, VecAVX2, VecAVX512, VecAVX512VNNI, pick_vec_isa
+
+    here = pick_vec_isa()
+    if sys.platform == "win32":
         return False
     if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 and (torch.cpu._is_vnni_supported() or rows <= 2 * MOST_ROWS)
+        pairs = isinstance(here, VecAVX512VNNI) and torch.cpu._is_avx512_bf16_supported()
+        return pairs and not isinstance(here, VecAMX)
+    few = isinstance(here, VecAVX2) and rows <= 2 * MOST_ROWS
+    return dtype == torch.float32 and (few or isinstance(here, VecAVX512))
 
 
 def fits_rows(config, m, n, k, alpha, num_threads, **about) -> bool:
@@ -143,29 +148,28 @@ def fits_rows(config, m, n, k, alpha, num_threads, **about) -> bool:
     return rows == (MOST_ROWS if about["dynamic_M"] else -(-m // blocks)) and k % together == 0
 
 
-def row_blocks() -> list:
-    """Inductor's descriptions of the blocks, for each kind of processor and number.
-
-    Their sums fill most of its registers.
-    """
+def row_blocks() -> dict[type, list]:
+    """The kernel and its blocks for each kind of processor and number: their sums fill most of the registers."""
+    kernel = row_block()
     from torch._inductor.codegen.cpp_micro_gemm import generate_gemm_config
-    from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512VNNI
+    from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, VecAVX512VNNI
 
     def blocks(isa, columns, together, dtype):
         sizes = [(rows, columns[rows > 6], together) for rows in range(1, MOST_ROWS + 1)]
         return generate_gemm_config(isa, sizes, dtype, output_dtype=torch.float, extra_check=fits_rows)
 
-    return [
+    known = [
         *blocks(VecAVX512VNNI, COLUMNS_512, 2, torch.bfloat16),
-        *blocks(VecAVX512VNNI, COLUMNS_512, 1, torch.float32),
+        *blocks(VecAVX512, COLUMNS_512, 1, torch.float32),
         *blocks(VecAVX2, COLUMNS_256, 1, torch.float32),
     ]
+    return {kernel: known}
 
 
 @contextmanager
 def own_products() -> Iterator[None]:
     """Let Inductor write every product with weights itself, with this kernel; nothing is timed to choose."""
-    kernel = row_block()
+    ours = row_blocks()
     from torch._inductor import config, mkldnn_lowerings
     from torch._inductor.codegen.cpp_micro_gemm import micro_gemm_configs
 
@@ -180,7 +184,7 @@ def own_products() -> Iterator[None]:
             return in_cpp(*arguments, **options)
 
     with (
-        patch.dict(micro_gemm_configs, {kernel: row_blocks()} | others, clear=True),
+        patch.dict(micro_gemm_configs, ours | others, clear=True),
         patch.object(mkldnn_lowerings, "use_cpp_gemm_template", weights_in_cpp),
         patch.object(mkldnn_lowerings, "use_aten_gemm_kernels", lambda: False),
         config.patch(max_autotune_gemm=True, max_autotune_gemm_backends="ATEN"),
