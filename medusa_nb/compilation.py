@@ -129,7 +129,7 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = Fal
     from torch._inductor import config  # who decodes eagerly needs no compiler
 
     cpu = weight.device.type == "cpu"
-    own = cpu and not library and serves(weight.dtype, rows)
+    own = cpu and not library and serves(weight.dtype, rows)  # our kernel takes the place of oneDNN's, not of MKL's
     with (
         own_products() if own else nullcontext(),
         packed_for_onednn() if own or cpu and onednn_is_faster(weight, rows) else nullcontext(),
