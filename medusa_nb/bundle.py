@@ -18,6 +18,7 @@ PARTS: dict[str, set[str] | None] = {
     "verification": None,
     "sampling": {"Sampler"},
     "micro_gemm": None,
+    "micro_attention": None,
     "compilation": None,
     "decoding": None,
     "custom_generate": None,

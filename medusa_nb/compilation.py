@@ -1,10 +1,12 @@
 """Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
 
+import hashlib
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import FunctionType, MethodType
 
 import torch
@@ -13,7 +15,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from medusa_nb.base_model import attention_window, context_length
-from medusa_nb.micro_gemm import own_products, serves
+from medusa_nb.micro_attention import ATTENTION, CALL, own_attention
+from medusa_nb.micro_gemm import (
+    ANY_ROWS,
+    COLUMNS_256,
+    COLUMNS_512,
+    FEW_ROWS,
+    MOST_ROWS,
+    PRODUCT,
+    ROW_BLOCK,
+    own_products,
+    serves,
+)
 from medusa_nb.verification import read_prompts
 
 GROUPED = "medusa_grouped_sdpa"
@@ -119,6 +132,13 @@ def packed_for_onednn():
         mkldnn_fusion.mkldnn = operators
 
 
+@cache
+def kernels_tag() -> str:
+    """A hash of our own kernels: Inductor keeps compiled graphs on disk and does not know what is in them."""
+    parts = (ROW_BLOCK, PRODUCT, ATTENTION, CALL, MOST_ROWS, FEW_ROWS, ANY_ROWS, COLUMNS_512, COLUMNS_256)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 @contextmanager
 def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = False):
     """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
@@ -132,11 +152,12 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = Fal
     own = cpu and not library and serves(weight.dtype, rows)  # our kernel takes the place of oneDNN's, not of MKL's
     with (
         own_products() if own else nullcontext(),
+        own_attention() if own else nullcontext(),
         packed_for_onednn() if own or cpu and onednn_is_faster(weight, rows) else nullcontext(),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         config.patch(ON_A_CPU if cpu else {}),
-        torch.compiler.config.patch(dynamic_sources=dynamic if cpu else ""),
+        torch.compiler.config.patch(dynamic_sources=dynamic if cpu else "", cache_key_tag=kernels_tag() if own else ""),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # Inductor's own use of it

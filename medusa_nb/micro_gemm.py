@@ -14,15 +14,19 @@ from unittest.mock import patch
 
 import torch
 
-MOST_ROWS = 8  # of a block; more rows are several blocks
-# columns of a block of up to six rows, and of more: with registers of 512 bits, of 256
+MOST_ROWS = 12  # of a block; more rows are several blocks
+FEW_ROWS = 6  # so few wait for the weights: wide blocks; with more, arithmetic counts, and weights are fetched ahead
+ANY_ROWS = 8  # of a block where the number of rows is not known beforehand
+# columns of a block of few rows, and of more: with registers of 512 bits, of 256
 COLUMNS_512, COLUMNS_256 = (64, 32), (16, 8)
 
 ROW_BLOCK = r"""
+#ifndef ONCE_{{name}}
+#define ONCE_{{name}}
 // C[ROWS, {{columns}}] (+)= A[ROWS, K] @ B[K, {{columns}}]
 template <int ROWS, bool accum>
-{{target}} void {{kernel_name}}_block(
-    const {{input_t}}* __restrict__ A, const {{input2_t}}* __restrict__ B, float* __restrict__ C,
+{{target}} void {{name}}_block(
+    const {{number}}* __restrict__ A, const {{number}}* __restrict__ B, float* __restrict__ C,
     int64_t K, int64_t lda, int64_t ldb, int64_t ldc
 ) {
     constexpr int COLS = {{columns}} / {{lanes}};
@@ -33,6 +37,11 @@ template <int ROWS, bool accum>
         for (int col = 0; col < COLS; col++)
             sum[row][col] = accum ? {{mm}}_loadu_ps(C + row * ldc + col * {{lanes}}) : {{mm}}_setzero_ps();
     for (int64_t k = 0; k < K; k += {{together}}) {
+        {%- if ahead %}
+        #pragma GCC unroll {{columns}}
+        for (int col = 0; col < COLS; col++)  // of the next columns, which come K rows further on
+            _mm_prefetch((const char*)(B + (k + K) * ldb + col * {{lanes * together}}), _MM_HINT_T1);
+        {%- endif %}
         {{factor}} b[COLS];
         #pragma GCC unroll {{columns}}
         for (int col = 0; col < COLS; col++)
@@ -52,14 +61,25 @@ template <int ROWS, bool accum>
             {{mm}}_storeu_ps(C + row * ldc + col * {{lanes}}, sum[row][col]);
 }
 
+// the same for M rows, as blocks of them
+template <bool accum>
+inline void {{name}}_rows(
+    const {{number}}* A, const {{number}}* B, float* C, int64_t M, int64_t K, int64_t lda, int64_t ldb, int64_t ldc
+) {
+    int64_t m = 0;
+    {%- for rows in blocks %}
+    for (; m + {{rows}} <= M; m += {{rows}})
+        {{name}}_block<{{rows}}, accum>(A + m * lda, B, C + m * ldc, K, lda, ldb, ldc);
+    {%- endfor %}
+}
+#endif
+"""
+
+PRODUCT = r"""
+{{block}}
 {{declare_kernel}} {
-    for (int64_t n = 0; n < N; n += {{columns}}) {
-        int64_t m = 0;
-        {%- for rows in blocks %}
-        for (; m + {{rows}} <= M; m += {{rows}})
-            {{kernel_name}}_block<{{rows}}, accum>(A + m * lda, B + n, C + m * ldc + n, K, lda, ldb, ldc);
-        {%- endfor %}
-    }
+    for (int64_t n = 0; n < N; n += {{columns}})
+        {{name}}_rows<accum>(A, B + n, C + n, M, K, lda, ldb, ldc);
 }
 """
 
@@ -78,15 +98,13 @@ def row_block() -> type:
     class RowBlock(CppMicroGemm):
         def codegen_define(self, kernel) -> str:
             rows, columns, together = self.register_blocking
-            instructions = paired_bfloat16() if together == 2 else float32(512 if columns in COLUMNS_512 else 256)
-            return CppTemplate._template_from_string(ROW_BLOCK).render(
+            name, block = block_code(rows, columns, together, ahead=rows > FEW_ROWS)
+            return CppTemplate._template_from_string(PRODUCT).render(
                 **self.get_common_options(),
-                **instructions,
                 declare_kernel=self.get_kernel_declaration(),
+                name=name,
+                block=block,
                 columns=columns,
-                together=together,
-                most_rows=MOST_ROWS,
-                blocks=[rows, *(few for few in (4, 2, 1) if few < rows)],
             )
 
         def get_b_layout(self) -> LayoutType:
@@ -95,10 +113,32 @@ def row_block() -> type:
     return RowBlock
 
 
+def block_code(rows: int, columns: int, together: int, ahead: bool) -> tuple[str, str]:
+    """The micro kernel's name and its C++, which all products of a graph share: ``{name}_block`` and ``{name}_rows``.
+
+    What remains of M is done in blocks of fewer rows. ``ahead``: fetch what lies K rows further on.
+    """
+    from torch._inductor.codegen.cpp_template import CppTemplate
+
+    numbers = paired_bfloat16() if together == 2 else float32(512 if columns in COLUMNS_512 else 256)
+    name = f"rows_{rows}x{columns}x{together}{'_ahead' * ahead}"
+    code = CppTemplate._template_from_string(ROW_BLOCK).render(
+        **numbers,
+        name=name,
+        columns=columns,
+        together=together,
+        ahead=ahead,
+        most_rows=MOST_ROWS,
+        blocks=[rows, *(few for few in (8, 4, 2, 1) if few < rows)],
+    )
+    return name, code
+
+
 def float32(bits: int) -> dict:
     """Instructions for float32 in registers of so many bits."""
     mm = "_mm512" if bits == 512 else "_mm256"
     return dict(
+        number="float",
         target="inline",
         mm=mm,
         lanes=bits // 32,
@@ -113,6 +153,7 @@ def float32(bits: int) -> dict:
 def paired_bfloat16() -> dict:
     """Instructions for pairs of bfloat16 in registers of 512 bits."""
     return dict(
+        number="at::BFloat16",
         target='__attribute__((target("avx512bf16")))',  # Inductor's own flags leave it out
         mm="_mm512",
         lanes=16,
@@ -137,15 +178,19 @@ def serves(dtype: torch.dtype, rows: int) -> bool:
     if dtype == torch.bfloat16:
         pairs = isinstance(here, VecAVX512VNNI) and torch.cpu._is_avx512_bf16_supported()
         return pairs and not isinstance(here, VecAMX)
-    few = isinstance(here, VecAVX2) and rows <= 2 * MOST_ROWS
+    few = isinstance(here, VecAVX2) and rows <= 2 * ANY_ROWS
     return dtype == torch.float32 and (few or isinstance(here, VecAVX512))
 
 
 def fits_rows(config, m, n, k, alpha, num_threads, **about) -> bool:
     """Whether a block is for this product: blocks of about as many rows each, and all of K."""
     rows, _, together = config.register_blocking
-    blocks = -(-m // MOST_ROWS)
-    return rows == (MOST_ROWS if about["dynamic_M"] else -(-m // blocks)) and k % together == 0
+    return rows == (ANY_ROWS if about["dynamic_M"] else balanced(m)) and k % together == 0
+
+
+def balanced(rows: int) -> int:
+    """Rows of a block where there are so many: as few blocks as can be, of about as many rows each."""
+    return -(-rows // -(-rows // MOST_ROWS))
 
 
 def row_blocks() -> dict[type, list]:
@@ -155,7 +200,7 @@ def row_blocks() -> dict[type, list]:
     from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, VecAVX512VNNI
 
     def blocks(isa, columns, together, dtype):
-        sizes = [(rows, columns[rows > 6], together) for rows in range(1, MOST_ROWS + 1)]
+        sizes = [(rows, columns[rows > FEW_ROWS], together) for rows in range(1, MOST_ROWS + 1)]
         return generate_gemm_config(isa, sizes, dtype, output_dtype=torch.float, extra_check=fits_rows)
 
     known = [

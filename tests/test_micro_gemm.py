@@ -9,7 +9,7 @@ from torch._inductor import cpu_vec_isa
 from torch._inductor.utils import run_and_get_code
 
 from medusa_nb.compilation import compiling
-from medusa_nb.micro_gemm import MOST_ROWS, row_blocks, serves
+from medusa_nb.micro_gemm import ANY_ROWS, MOST_ROWS, row_blocks, serves
 
 needs_avx2 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor has no AVX2")
 needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="the processor has no AVX512")
@@ -31,12 +31,12 @@ def products(layer, xs, dynamic="", bits=None, library=False):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), PROCESSORS)
-@pytest.mark.parametrize("rows", [*range(1, MOST_ROWS + 2), 11, 16, 17, 31])
+@pytest.mark.parametrize("rows", [*range(1, MOST_ROWS + 2), 16, 17, 31])
 def test_any_number_of_rows(rows, dtype, bits, compiler_works):
     torch.manual_seed(rows)
     layer, x = torch.nn.Linear(70, 90, bias=rows % 2 == 0).to(dtype).eval(), torch.randn(rows, 70, dtype=dtype)
     [made], code = products(layer, [x], bits=bits)
-    if bits == 256 and rows > 2 * MOST_ROWS:
+    if bits == 256 and rows > 2 * ANY_ROWS:
         assert "_block<" not in code  # a library is faster
     else:
         assert f"_block<{-(-rows // -(-rows // MOST_ROWS))}, accum>" in code
@@ -50,7 +50,7 @@ def test_prompts_of_any_length(dtype, bits, compiler_works):
     layer = torch.nn.Linear(64, 100).to(dtype).eval()
     xs = [torch.randn(rows, 64, dtype=dtype) for rows in (64, 2, 3, 7, 8, 13, 200)]
     made, code = products(layer, xs, dynamic="L['input']")
-    assert f"_block<{MOST_ROWS}, accum>" in code
+    assert f"_block<{ANY_ROWS}, accum>" in code
     for x, y in zip(xs, made, strict=True):
         torch.testing.assert_close(y, layer(x), rtol=2e-2, atol=2e-2)
 
