@@ -144,7 +144,8 @@ def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = Fal
     """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
 
     ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape. ``library``: leave
-    multiplying to the libraries, also where :mod:`medusa_nb.micro_gemm` is faster.
+    multiplications and attention to the libraries, also where :mod:`medusa_nb.micro_gemm` and
+    :mod:`medusa_nb.micro_attention` are faster.
     """
     from torch._inductor import config  # who decodes eagerly needs no compiler
 

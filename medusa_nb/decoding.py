@@ -126,7 +126,7 @@ class Decoder:
     def compile(self, library: bool = False) -> float | None:
         """Compile the step for this machine; return the seconds it took.
 
-        ``library``: leave every multiplication to the libraries, also where our own kernel is faster (to compare).
+        ``library``: leave multiplications and attention to the libraries, also where our own kernels are faster (to compare).
         Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
         self.run, self.compile_seconds, self.why_eager = compile_step(self, library)
