@@ -126,8 +126,8 @@ class Decoder:
     def compile(self, library: bool = False) -> float | None:
         """Compile the step for this machine; return the seconds it took.
 
-        ``library``: leave multiplications and attention to the libraries, also where our own kernels are faster (to compare).
-        Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
+        ``library``: leave multiplications and attention to the libraries, also where our own kernels are faster (to
+        compare). Where no compiler works: None, ``why_eager`` says what it tripped over, and decoding goes on eagerly.
         """
         self.run, self.compile_seconds, self.why_eager = compile_step(self, library)
         self.library = library
