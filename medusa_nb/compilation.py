@@ -1,12 +1,14 @@
 """Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
 
 import hashlib
+import inspect
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from types import FunctionType, MethodType
 
 import torch
@@ -15,18 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from medusa_nb.base_model import attention_window, context_length
-from medusa_nb.micro_attention import ATTENTION, CALL, own_attention
-from medusa_nb.micro_gemm import (
-    ANY_ROWS,
-    COLUMNS_256,
-    COLUMNS_512,
-    FEW_ROWS,
-    MOST_ROWS,
-    PRODUCT,
-    ROW_BLOCK,
-    own_products,
-    serves,
-)
+from medusa_nb.micro_attention import own_attention
+from medusa_nb.micro_gemm import own_products, serves
 from medusa_nb.verification import read_prompts
 
 GROUPED = "medusa_grouped_sdpa"
@@ -135,8 +127,8 @@ def packed_for_onednn():
 @cache
 def kernels_tag() -> str:
     """A hash of our own kernels: Inductor keeps compiled graphs on disk and does not know what is in them."""
-    parts = (ROW_BLOCK, PRODUCT, ATTENTION, CALL, MOST_ROWS, FEW_ROWS, ANY_ROWS, COLUMNS_512, COLUMNS_256)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    files = {inspect.getfile(part) for part in (own_products, own_attention)}
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
 
 
 @contextmanager

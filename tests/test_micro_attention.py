@@ -4,21 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from processors import PROCESSORS, needs_avx2
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention
 
 from medusa_nb.compilation import compiling
-from medusa_nb.micro_gemm import serves
 
-needs_avx2 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor has no AVX2")
-needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="the processor has no AVX512")
-needs_pairs = pytest.mark.skipif(not serves(torch.bfloat16, 1), reason="bfloat16 is not multiplied in pairs here")
-PROCESSORS = [
-    pytest.param(torch.float32, 256, marks=needs_avx2),
-    pytest.param(torch.float32, 512, marks=needs_avx512),
-    pytest.param(torch.bfloat16, 512, marks=needs_pairs),
-]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 OURS = "attention_rows_"
 

@@ -4,21 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from processors import PROCESSORS, needs_avx2, needs_pairs
 from torch._inductor import config as inductor
 from torch._inductor import cpu_vec_isa
 from torch._inductor.utils import run_and_get_code
 
 from medusa_nb.compilation import compiling
 from medusa_nb.micro_gemm import ANY_ROWS, MOST_ROWS, row_blocks, serves
-
-needs_avx2 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the processor has no AVX2")
-needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="the processor has no AVX512")
-needs_pairs = pytest.mark.skipif(not serves(torch.bfloat16, 1), reason="bfloat16 is not multiplied in pairs here")
-PROCESSORS = [
-    pytest.param(torch.float32, 256, marks=needs_avx2),
-    pytest.param(torch.float32, 512, marks=needs_avx512),
-    pytest.param(torch.bfloat16, 512, marks=needs_pairs),
-]
 
 
 def products(layer, xs, dynamic="", bits=None, library=False):
@@ -73,6 +65,15 @@ def test_the_library_on_request_and_nothing_is_left_behind(compiler_works):
         torch.testing.assert_close(made, layer(x), rtol=1e-5, atol=1e-5)
     said, code = run_and_get_code(torch.compile(layer.forward, fullgraph=True, dynamic=False), x)
     assert "_block<" not in "\n".join(code)
+
+
+@needs_avx2
+def test_graphs_kept_on_disk_are_found_only_with_the_same_kernels():
+    tags = []
+    for library in (False, True):
+        with compiling(torch.empty(8, 8), 1, "", library):
+            tags.append(torch.compiler.config.cache_key_tag)
+    assert len(tags[0]) == 64 and tags[1] == torch.compiler.config.cache_key_tag == ""
 
 
 @needs_avx2
