@@ -1,10 +1,13 @@
 """The benchmark: every way of decoding on the same prompts, side by side, and where each step's time goes."""
 
 import json
-from dataclasses import dataclass
+import statistics
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers.generation import BaseStreamer
 
 from medusa_nb.calibration import Calibration
 from medusa_nb.decoding import Decoder
@@ -32,16 +35,34 @@ WIDER = f"Medusa, {WIDE} nodes"
 LIBRARY_LOOP, LIBRARY = "our loop, library's kernels", "Medusa, library's kernels"
 
 
+class FirstToken(BaseStreamer):
+    """Notes how many seconds each answer's first token took: all that the prompt's own pass costs."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.seen: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with every pass's tokens."""
+        self.seen.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.seconds.append(self.seen[1] - self.seen[0])
+        self.seen.clear()
+
+
 @dataclass
 class Contestants:
     """Ways of decoding by name, prepared once: ``decoders`` are ours, ``calls`` all of them.
 
-    ``blind`` is, for each tree size that occurs, a compiled decoder that guesses at no cost.
+    ``blind`` is, for each tree size that occurs, a compiled decoder that guesses at no cost; ``first_tokens`` hears
+    from each of our decoders.
     """
 
     decoders: dict[str, Decoder]
     calls: dict
     blind: dict[int, Decoder]
+    first_tokens: dict[str, FirstToken] = field(default_factory=dict)
 
     @property
     def compile_seconds(self) -> float:
@@ -98,9 +119,12 @@ def prepare(
     calls["prompt lookup"] = lambda ids: transformers_generate(
         model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
     )
+    first_tokens = {name: FirstToken() for name in decoders}
     for name, decoder in decoders.items():
-        calls[name] = lambda ids, decoder=decoder: decoder.generate([ids[0]], max_new_tokens, eos)[0]
-    return Contestants(decoders, calls, blind)
+        calls[name] = lambda ids, decoder=decoder, watch=first_tokens[name]: decoder.generate(
+            [ids[0]], max_new_tokens, eos, streamer=watch
+        )[0]
+    return Contestants(decoders, calls, blind, first_tokens)
 
 
 def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: int) -> dict:
@@ -114,6 +138,8 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
     """
     past = round(sum(ids.shape[1] for ids in prompts) / len(prompts))
     timer = StepTimer(contestants.decoders | contestants.blind, past)
+    for watch in contestants.first_tokens.values():
+        watch.seconds.clear()
     timings = compare(contestants.calls, prompts, repeats, after_each=timer.round)
     keep, steps = without_loops(timings[LOOP]), timer.medians()
     rows = {}
@@ -127,7 +153,8 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
         if decoder and (decoder.draft.size == 1 or prepared(decoder) == prepared(contestants.decoders[LOOP])):
             size = decoder.draft.size
             check = steps[size] if size > 1 else steps[name]
-            rows[name] |= parts(timing, steps[name], check) | dict(tree=size)
+            prompt = prompt_seconds(contestants.first_tokens[name], repeats)
+            rows[name] |= parts(timing, prompt, steps[name], check) | dict(tree=size)
             for row in (rows[name], rows[name]["without_loops"]) if size > 1 else ():  # a gain needs guesses
                 achievable = row["tokens_per_pass"] * steps[LOOP] / check
                 row["share_of_achievable"] = round(row["vs_loop"] / achievable, 3)
@@ -156,16 +183,45 @@ def figures(timing: Timing, timings: dict[str, Timing], keep: list[bool] | None)
     )
 
 
-def parts(timing: Timing, step: float, check: float) -> dict:
-    """Milliseconds of an average pass and where they go.
+def prompt_seconds(watch: FirstToken, repeats: int) -> float:
+    """Sum over prompts of the median of the repeats; the first answer of all was the warm-up."""
+    seconds = watch.seconds[1:]
+    return sum(statistics.median(seconds[i : i + repeats]) for i in range(0, len(seconds), repeats))
 
-    ``step`` and ``check`` are seconds of a whole step and of one that guesses at no cost. The rest is what
-    the host does between steps, and the prompt's pass.
+
+def parts(timing: Timing, prompt: float, step: float, check: float) -> dict:
+    """Milliseconds of all answers by passes that followed the prompt's, and where they go.
+
+    ``prompt`` are the seconds of all prompts' passes, ``step`` and ``check`` those of a whole step and of one that
+    guesses at no cost. The rest is what the host does between steps, and how much slower these are than in a row of
+    the same: memory that other work has driven out of the caches is read anew.
     """
-    passes = sum(len(generation.steps) for generation in timing.generations)
-    whole = timing.total_seconds() / passes
-    values = dict(ms_per_pass=whole, ms_verify_accept=check, ms_draft=step - check, ms_rest=whole - step)
+    passes = max(1, len(timing.pass_counts()))
+    whole, first = timing.total_seconds() / passes, prompt / passes
+    values = dict(
+        ms_per_pass=whole,
+        ms_verify_accept=check,
+        ms_draft=step - check,
+        ms_prompt=first,
+        ms_rest=whole - first - step,
+    )
     return {name: round(value * 1e3, 3) for name, value in values.items()}
+
+
+def ladder(report: dict, name: str = MEDUSA) -> dict[str, float]:
+    """From the measured gain over our loop up to the achievable one, taking away what stands between, step by step."""
+    loop, row = report["rows"][LOOP], report["rows"][name]
+
+    def gain(*left_out: str) -> float:
+        times = [x["ms_per_pass"] - sum(x[part] for part in left_out) for x in (loop, row)]
+        return row["tokens_per_pass"] * times[0] / times[1]
+
+    return {
+        "measured": gain(),
+        "without the prompt's pass": gain("ms_prompt"),
+        "and if guessing were free": gain("ms_prompt", "ms_draft"),
+        "and without the rest: achievable": gain("ms_prompt", "ms_draft", "ms_rest"),
+    }
 
 
 COLUMNS = {
@@ -173,6 +229,7 @@ COLUMNS = {
     "ms per pass": "ms_per_pass",
     "verify + accept": "ms_verify_accept",
     "draft": "ms_draft",
+    "prompt": "ms_prompt",
     "rest": "ms_rest",
     "tokens/s": "tokens_per_second",
     "× generate": "vs_generate",

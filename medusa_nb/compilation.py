@@ -193,12 +193,11 @@ def compile_step(decoder, library: bool = False):
         except Exception as error:
             why_eager = f"prompts are read eagerly: {first_line(error)}"
 
-    def step_at_once(state, span):
-        # parts of a step are methods of every decoder, told apart by what the model's config says, too
+    def step_in_parts(state, span):  # parts are methods of every decoder, told apart by the model's config, too
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return run(state, span) if whole else step(state, span)
+            return step(state, span)
 
-    return step_at_once, time.perf_counter() - started, why_eager
+    return run if whole else step_in_parts, time.perf_counter() - started, why_eager
 
 
 def first_line(error: Exception) -> str:

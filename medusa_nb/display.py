@@ -217,26 +217,20 @@ def plot_bars(values: dict[str, float], unit: str, baseline: float | None = None
 
 
 def plot_parts(rows: dict[str, dict]) -> None:
-    """Stacked bars of an average pass's milliseconds: verify and accept, draft, the rest."""
+    """Stacked bars of an average pass's milliseconds: verify and accept, draft, its share of the prompt, the rest."""
+    parts = {"ms_verify_accept": "verify and accept", "ms_draft": "draft", "ms_prompt": "prompt", "ms_rest": "the rest"}
     names = list(rows)[::-1]
     left = [0.0] * len(names)
     plt.figure(figsize=(5.2, 0.45 * len(names) + 0.9))
-    for i, (part, label) in enumerate(
-        (("ms_verify_accept", "verify and accept"), ("ms_draft", "draft"), ("ms_rest", "the rest"))
-    ):
+    for (part, label), color in zip(parts.items(), (*HEAD_COLORS[:3], BASELINE), strict=True):
         values = [max(0.0, rows[name][part]) for name in names]
-        plt.barh(names, values, left=left, color=(*HEAD_COLORS[:2], BASELINE)[i], label=label)
+        plt.barh(names, values, left=left, color=color, label=label)
         left = [a + b for a, b in zip(left, values, strict=True)]
     plt.xlabel("milliseconds per pass")
     plt.grid(axis="y", visible=False)
-    plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=9)
-    show(
-        "Milliseconds per pass, verify and accept, draft, the rest: "
-        + "; ".join(
-            f"{name} " + ", ".join(f"{row[p]:.1f}" for p in ("ms_verify_accept", "ms_draft", "ms_rest"))
-            for name, row in rows.items()
-        )
-    )
+    plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, fontsize=9)
+    written = (f"{name} " + ", ".join(f"{row[part]:.1f}" for part in parts) for name, row in rows.items())
+    show(f"Milliseconds per pass, {', '.join(parts.values())}: " + "; ".join(written))
 
 
 def show_markdown(text: str) -> None:

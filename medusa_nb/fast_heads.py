@@ -1,11 +1,10 @@
 """Trained heads laid out for a decoding step: the same guesses from fewer bytes.
 
-A step that guesses is bound by reading weights from memory, so there are three ways to read fewer:
+A step that guesses is bound by reading weights from memory, and most of them need not be read:
 
 - A linear layer over several vectors is the sum of one for each: ``W [x, e0, e1] = A x + B e0 + C e1``. What the state
   and the root add is the same below every path and computed once, for all heads together.
 - What a guess adds depends on nothing but its token, and a draft vocabulary has few: it is looked up in a table.
-- Guesses may be imprecise, for nothing they do can change the text: weights in 8 bits do as well.
 """
 
 import torch
@@ -13,31 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from medusa_nb.heads import MedusaHeads
-
-FEW_ROWS = 8  # beyond that arithmetic counts, which is slower in 8 bits
-
-
-class Int8Linear(nn.Module):
-    """A linear layer ``[O, I]`` for few rows, its weights quantized where torch has a fast kernel for it (bf16, CPU).
-
-    Weights only, 8 bits each, with a scale for each of the O outputs; the weights in full serve many rows.
-    """
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        # the kernel reads the I numbers of a row in blocks and does not look where they end
-        self.quantized = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 64 == 0
-        if self.quantized:
-            scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            self.register_buffer("int8", (weight.float() / scale).round().to(torch.int8))
-            self.register_buffer("scale", scale[:, 0].to(weight.dtype))
-
-    def forward(self, x: torch.Tensor, first: int | None = None) -> torch.Tensor:
-        """``[R, I] -> [R, O]``, or only the ``first`` so many columns of it."""
-        if self.quantized and len(x) <= FEW_ROWS:
-            return torch._weight_int8pack_mm(x, self.int8[:first], self.scale[:first])
-        return F.linear(x, self.weight[:first])
 
 
 class FastHeads(nn.Module):
@@ -53,11 +27,11 @@ class FastHeads(nn.Module):
         near = wide + embedding.shape[1]  # the columns that read the state and the root
         words = embedding[heads.vocabulary].to(heads.weight.dtype)
         self.heads = (heads,)  # in a tuple: their weights are not this module's
-        self.start = Int8Linear(torch.cat([weight.detach()[:, :near] for weight in heads.path_weight]))
-        if heads.projection is None:
-            self.project = nn.ModuleList([Int8Linear(heads.shared_rows)] * heads.num_heads)
-        else:
-            self.project = nn.ModuleList([Int8Linear(rows) for rows in heads.projection.detach()])
+        self.register_buffer("start", torch.cat([weight.detach()[:, :near] for weight in heads.path_weight]))
+        rows = (
+            heads.shared_rows.expand(heads.num_heads, -1, -1) if heads.projection is None else heads.projection.detach()
+        )
+        self.register_buffer("project", rows)
         for k, weight in enumerate(heads.path_weight):
             parts = weight.detach()[:, near:].split(embedding.shape[1], dim=1)
             self.register_buffer(f"table{k}", torch.stack([F.linear(words, part) for part in parts]) if k else None)
@@ -72,7 +46,9 @@ class FastHeads(nn.Module):
         """What states ``[B, D]`` and roots ``[B]`` add to the first ``count`` heads' blocks: so many ``[B, D]``."""
         heads = self.heads[0]
         read = torch.cat([hidden, heads.shared[1](root).to(hidden.dtype)], -1)
-        added = self.start(read, count * hidden.shape[-1]).unflatten(1, (count, -1)) + heads.path_bias[:count]
+        added = (
+            F.linear(read, self.start[: count * hidden.shape[-1]]).unflatten(1, (count, -1)) + heads.path_bias[:count]
+        )
         return added.unbind(1)
 
     def after(self, k: int, hidden: torch.Tensor, near: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
@@ -82,4 +58,4 @@ class FastHeads(nn.Module):
         for j in range(k):
             total = total + getattr(self, f"table{k}")[j][places[..., j]].float()
         x = hidden.unsqueeze(1) + F.silu(total).to(hidden.dtype)
-        return self.project[k](x.flatten(0, 1)).view(*x.shape[:2], -1)
+        return F.linear(x, self.project[k])
