@@ -20,6 +20,36 @@ ATTENTION = r"""
 #define ONCE_{{name}}
 struct {{name}}_view { const {{number}}* start; int64_t text, head, row; };  // of a tensor: data and strides
 
+// exp(score * scale + mask - the highest of them) of one row's visible columns, 0 in the others up to read; their sum
+static inline float {{name}}_softmax(
+    float* score, {{number}}* weight, const {{number}}* mask, float scale, int64_t visible, int64_t read
+) {
+    using Vec = at::vec::Vectorized<float>;
+    constexpr int64_t LANES = Vec::size();
+    const Vec nothing(-std::numeric_limits<float>::infinity());
+    Vec highest = nothing, sum(0.0f);
+    for (int64_t c = 0; c < visible; c += LANES) {
+        const int64_t here = std::min(LANES, visible - c);
+        Vec x = Vec::loadu(score + c) * Vec(scale);
+        {%- if masked %}
+        x = x + at::vec::convert<float>(at::vec::Vectorized<{{number}}>::loadu(mask + c, here));
+        {%- endif %}
+        x = Vec::set(nothing, x, here);
+        x.store(score + c);
+        highest = at::vec::maximum(highest, x);
+    }
+    float most = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, highest);
+    if (most == -std::numeric_limits<float>::infinity()) most = 0;  // this row sees nothing
+    int64_t c = 0;
+    for (; c < visible; c += LANES) {
+        Vec x = (Vec::loadu(score + c) - Vec(most)).exp_u20();
+        sum = sum + x;
+        at::vec::convert<{{number}}>(x).store(weight + c, LANES);
+    }
+    for (; c < read; c++) weight[c] = 0;
+    return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+}
+
 // out = softmax(query @ key^T * scale + mask) @ value for texts, heads and rows
 static void {{name}}(
     {{name}}_view query, {{name}}_view key, {{name}}_view value, {{name}}_view mask, {{name}}_view out,
@@ -70,48 +100,16 @@ static void {{name}}(
                         some, keys.get() + column * {{together}}, scores.get() + column, count, DEPTH, DEPTH, width,
                         width);
                 for (int64_t row = 0; row < count; row++) {
-                    float* score = scores.get() + row * width;
-                    {%- if together == 2 %}
-                    number* weight = weights.get() + row * width;
-                    {%- else %}
-                    float* weight = score;
-                    {%- endif %}
                     const int64_t visible = {{"std::min(seen, first + row + 1)" if causal else "seen"}};
-                    Vec highest(-std::numeric_limits<float>::infinity()), sum(0.0f);
-                    for (int64_t c = 0; c < visible; c += LANES) {
-                        const int64_t here = std::min(LANES, visible - c);
-                        Vec x = Vec::loadu(score + c) * Vec(scale);
-                        {%- if masked %}
-                        const int64_t place = text * mask.text + head * mask.head + (first + row) * mask.row + c;
-                        x = x + at::vec::convert<float>(at::vec::Vectorized<number>::loadu(mask.start + place, here));
-                        {%- endif %}
-                        x = Vec::set(Vec(-std::numeric_limits<float>::infinity()), x, here);
-                        x.store(score + c);
-                        highest = at::vec::maximum(highest, x);
-                    }
-                    float most = at::vec::vec_reduce_all<float>(
-                        [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, highest);
-                    if (most == -std::numeric_limits<float>::infinity()) most = 0;  // this row sees nothing
-                    int64_t c = 0;
-                    for (; c < visible; c += LANES) {
-                        Vec x = (Vec::loadu(score + c) - Vec(most)).exp_u20();
-                        sum = sum + x;
-                        {%- if together == 2 %}
-                        at::vec::convert<number>(x).store(weight + c, LANES);
-                        {%- else %}
-                        x.store(weight + c);
-                        {%- endif %}
-                    }
-                    for (; c < read; c++) weight[c] = 0;
-                    total[row] = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+                    total[row] = {{name}}_softmax(
+                        scores.get() + row * width, {{weights}}.get() + row * width,
+                        mask.start + text * mask.text + head * mask.head + (first + row) * mask.row, scale, visible,
+                        read);
                 }
                 for (int64_t column = 0; column < DEPTH; column += COLUMNS)
                     {{block_name}}_rows<false>(
-                        {%- if together == 2 %}
-                        weights.get(), values.get() + column * 2, sums + column, count, read, width, DEPTH, DEPTH);
-                        {%- else %}
-                        scores.get(), v + column, sums + column, count, read, width, value.row, DEPTH);
-                        {%- endif %}
+                        {{weights}}.get(), {{values}} + column * {{together}}, sums + column, count, read, width,
+                        {{values_row}}, DEPTH);
                 for (int64_t row = 0; row < count; row++) {
                     const Vec share(total[row] > 0 ? 1 / total[row] : 0);
                     number* o = (number*)out.start + text * out.text + head * out.head + (first + row) * out.row;
@@ -172,6 +170,10 @@ def attention_template() -> type:
                 depth=depth,
                 columns=self.columns,
                 together=together,
+                # in float32 the softmax takes the scores' place, and values need not be packed
+                weights="weights" if together == 2 else "scores",
+                values="values.get()" if together == 2 else "v",
+                values_row="DEPTH" if together == 2 else "value.row",
                 most_rows=most_rows,
                 causal=self.causal,
                 masked=bool(mask),

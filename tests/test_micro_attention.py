@@ -1,15 +1,10 @@
 """Our attention against torch's: trees, prompts, grouped heads, odd lengths, number formats and register widths."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from processors import PROCESSORS, needs_avx2
-from torch._inductor import config as inductor
+from processors import PROCESSORS, compiled, needs_avx2, needs_pairs
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention
-
-from medusa_nb.compilation import compiling
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 OURS = "attention_rows_"
@@ -19,16 +14,6 @@ def attend(query, key, value, mask, causal, scale=None):
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
-
-
-def compiled(function, *arguments, dynamic="", bits=None, library=False):
-    """The compiled function, what it says first, and the code that Inductor wrote."""
-    weight = torch.empty(8, 8, dtype=next(x.dtype for x in arguments if isinstance(x, torch.Tensor)))
-    width = inductor.patch({"cpp.simdlen": bits}) if bits else nullcontext()
-    with width, compiling(weight, 1, dynamic, library):
-        run = torch.compile(function, fullgraph=True, dynamic=False)
-        said, code = run_and_get_code(run, *arguments)
-    return run, said, "\n".join(code)
 
 
 def inputs(texts, heads, key_heads, rows, span, depth, dtype):
@@ -107,6 +92,17 @@ def test_two_scales_in_one_graph(compiler_works):
     assert OURS in code
     for made, scale in zip(said, (0.1, 0.9), strict=True):
         torch.testing.assert_close(made, attend(query, key, value, mask, False, scale), rtol=1e-5, atol=1e-5)
+
+
+@needs_pairs
+def test_keys_that_do_not_lie_in_pairs_are_left_to_the_library(compiler_works):
+    query, _, _ = inputs(1, 1, 1, 4, 16, 64, torch.bfloat16)
+    key, value = torch.randn(2, 1, 1, 16, 65, dtype=torch.bfloat16)[..., :64]
+    mask = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
+    for parted, ours in (((key, value), False), ((key.contiguous(), value), True)):
+        _, said, code = compiled(attend, query, *parted, mask, False)
+        assert (OURS in code) == ours
+        torch.testing.assert_close(said, exact(query, key, value, mask, False), rtol=2e-2, atol=2e-2)
 
 
 @needs_avx2
