@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ class Contestants:
     decoders: dict[str, Decoder]
     calls: dict
     blind: dict[int, Decoder]
-    first_tokens: dict[str, FirstToken] = field(default_factory=dict)
+    first_tokens: dict[str, FirstToken]
 
     @property
     def compile_seconds(self) -> float:

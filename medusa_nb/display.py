@@ -228,7 +228,7 @@ def plot_parts(rows: dict[str, dict]) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     plt.xlabel("milliseconds per pass")
     plt.grid(axis="y", visible=False)
-    plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, fontsize=9)
+    plt.legend(loc="upper center", bbox_to_anchor=(0.4, -1.3 / len(names)), ncols=4, fontsize=9)
     written = (f"{name} " + ", ".join(f"{row[part]:.1f}" for part in parts) for name, row in rows.items())
     show(f"Milliseconds per pass, {', '.join(parts.values())}: " + "; ".join(written))
 
