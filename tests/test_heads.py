@@ -288,7 +288,7 @@ def test_heads_without_any_block_repeat_the_base_model(small_model):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_heads_say_what_the_heads_say(small_model, own, dtype):
-    heads = few_words_heads(small_model.to(dtype), own)
+    heads = few_words_heads(small_llama().to(dtype), own)
     hidden, root = torch.randn(2, 32).to(dtype), torch.tensor([9, 41])
     path = torch.cat([root.view(2, 1, 1).expand(2, 4, 1), FEW[torch.randint(5, (2, 4, 2))]], 2)
     fast = FastHeads.of(heads)
