@@ -35,8 +35,8 @@ WIDER = f"Medusa, {WIDE} nodes"
 LIBRARY_LOOP, LIBRARY = "our loop, library's kernels", "Medusa, library's kernels"
 
 
-class FirstToken(BaseStreamer):
-    """Notes how many seconds each answer's first token took: all that the prompt's own pass costs."""
+class TimeToFirstToken(BaseStreamer):
+    """Notes each answer's time to first token: the seconds that the prompt's own pass costs."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -62,7 +62,7 @@ class Contestants:
     decoders: dict[str, Decoder]
     calls: dict
     blind: dict[int, Decoder]
-    first_tokens: dict[str, FirstToken]
+    first_tokens: dict[str, TimeToFirstToken]
 
     @property
     def compile_seconds(self) -> float:
@@ -119,7 +119,7 @@ def prepare(
     calls["prompt lookup"] = lambda ids: transformers_generate(
         model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10, max_matching_ngram_size=3
     )
-    first_tokens = {name: FirstToken() for name in decoders}
+    first_tokens = {name: TimeToFirstToken() for name in decoders}
     for name, decoder in decoders.items():
         calls[name] = lambda ids, decoder=decoder, watch=first_tokens[name]: decoder.generate(
             [ids[0]], max_new_tokens, eos, streamer=watch
@@ -183,8 +183,8 @@ def figures(timing: Timing, timings: dict[str, Timing], keep: list[bool] | None)
     )
 
 
-def prompt_seconds(watch: FirstToken, repeats: int) -> float:
-    """Sum over prompts of the median of the repeats; the first answer of all was the warm-up."""
+def prompt_seconds(watch: TimeToFirstToken, repeats: int) -> float:
+    """Sum over prompts of the median of the repeats; the first answer of all was :func:`compare`'s warm-up."""
     seconds = watch.seconds[1:]
     return sum(statistics.median(seconds[i : i + repeats]) for i in range(0, len(seconds), repeats))
 
@@ -208,7 +208,7 @@ def parts(timing: Timing, prompt: float, step: float, check: float) -> dict:
     return {name: round(value * 1e3, 3) for name, value in values.items()}
 
 
-def ladder(report: dict, name: str = MEDUSA) -> dict[str, float]:
+def speedup_breakdown(report: dict, name: str = MEDUSA) -> dict[str, float]:
     """From the measured gain over our loop up to the achievable one, taking away what stands between, step by step."""
     loop, row = report["rows"][LOOP], report["rows"][name]
 

@@ -6,7 +6,18 @@ import torch
 from conftest import EOS
 from test_heads import random_heads, seeing_heads
 
-from medusa_nb.benchmark import GENERATE, LIBRARY, LIBRARY_LOOP, LOOP, MEDUSA, WIDE, WIDER, ladder, prepare, run
+from medusa_nb.benchmark import (
+    GENERATE,
+    LIBRARY,
+    LIBRARY_LOOP,
+    LOOP,
+    MEDUSA,
+    WIDE,
+    WIDER,
+    prepare,
+    run,
+    speedup_breakdown,
+)
 from medusa_nb.calibration import Calibration
 from medusa_nb.tree import count_ranks
 
@@ -36,7 +47,7 @@ def test_every_contestant_compiles_and_says_the_same(small_model, compiler_works
     parts = ("ms_verify_accept", "ms_draft", "ms_prompt", "ms_rest")
     assert all(abs(row["ms_per_pass"] - sum(row[part] for part in parts)) < 0.01 for row in (rows[LOOP], rows[MEDUSA]))
     assert rows[MEDUSA]["ms_prompt"] > 0 and len(contestants.first_tokens[MEDUSA].seconds) == 1 + 2 * len(prompts)
-    steps = ladder(report)
+    steps = speedup_breakdown(report)
     achievable = rows[MEDUSA]["tokens_per_pass"] * rows[LOOP]["ms_verify_accept"] / rows[MEDUSA]["ms_verify_accept"]
     assert abs(steps["and without the rest: achievable"] - achievable) < 0.05 * achievable
     assert abs(steps["measured"] - rows[MEDUSA]["vs_loop"]) < 0.05 * steps["measured"]
