@@ -1,77 +1,86 @@
 """The frozen base model and its tokenizer, on the device and in the dtype that suit this machine."""
 
+import copy
 import hashlib
-import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_nb.errors import InputError
+from medusa_nb.packaged_model import packaged_model
+from medusa_nb.private import write_count
 from medusa_nb.progress import is_headless
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = ROOT / "data" / "base_model"
-CLEARLY = 1.5  # times as fast
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_code=False):
+def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_code=False, **loading):
     """Load a decoder-only language model with its tokenizer, frozen and in evaluation mode.
 
     Args:
-        name_or_path: folder or hub id; the model that ships in ``data/base_model`` by default.
+        name_or_path: folder or hub id; by default SmolLM2-135M-Instruct, see :mod:`medusa_nb.packaged_model`.
         device: ``"cpu"``, ``"cuda"``, ...; the first accelerator by default, else the CPU.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a ``torch.dtype``; by default
             :func:`suitable_dtype`.
         trust_remote_code: run code from the model's repository. Off unless you say so.
+        loading: further arguments of ``from_pretrained``, such as ``quantization_config``.
 
     Returns:
         ``(model, tokenizer)``; no parameter of the model requires a gradient.
 
     Raises:
-        InputError: the model is missing, has no safetensors, is an encoder-decoder, or keeps a
-            recurrent state, whose rejected guesses could not be taken back.
+        InputError: the model is missing or incomplete, has no safetensors, or is no decoder with attention only.
     """
-    source = str(name_or_path or DEFAULT)
+    source = str(name_or_path or packaged_model())
     if is_headless():
         transformers.utils.logging.disable_progress_bar()
     device = torch.device(device or suitable_device())
-    dtype = as_dtype(dtype) if dtype is not None else None
+    dtype = suitable_dtype(device) if dtype is None else as_dtype(dtype)
+    trust = dict(trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        refuse_unsuitable(config, source)
-        dtype = dtype or suitable_dtype(device, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        first_line = str(error).strip().split("\n")[0]
+        config = AutoConfig.from_pretrained(source, **trust)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"'{source}' is an encoder-decoder model; Medusa heads need a decoder-only one")
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        model = _load_weights(source, config, dict(dtype=dtype, use_safetensors=True) | trust | loading)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"cannot load a base model from '{source}': {first_line}") from error
-    refuse_unsuitable(config, source, type(model))
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def refuse_unsuitable(config, source: str, model_class: type | None = None) -> None:
-    """Raise :class:`InputError` for models that tree attention cannot verify guesses with."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"'{source}' is an encoder-decoder model; Medusa heads need a decoder-only one")
-    if getattr(model_class, "_is_stateful", False):
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise InputError(
-            f"'{source}' keeps a recurrent state, from which rejected guesses cannot be removed; "
-            "choose a model whose layers all use attention"
+            f"the tokenizer of '{source}' knows {len(tokenizer)} tokens and the model only {rows}; "
+            "load the tokenizer it was trained with, or resize its embeddings and train them"
         )
+    if "device_map" not in loading:
+        model = model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _load_weights(source: str, config, arguments: dict) -> nn.Module:
+    """The model with torch's own attention, or its own where it does not support that; every weight must be there."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, config=config, attn_implementation="sdpa", output_loading_info=True, **arguments
+        )
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, config=config, attn_implementation="eager", output_loading_info=True, **arguments
+        )
+    for what, names in (("lacks", found["missing_keys"]), ("has the wrong shape for", found["mismatched_keys"])):
+        if names:
+            listed = ", ".join(sorted(map(str, names))[:3])
+            raise InputError(f"the file of weights in '{source}' {what} {listed}; download or save the model again")
+    return model
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -83,6 +92,11 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def suitable_device() -> torch.device:
     """The first accelerator if there is one, else the CPU."""
     if torch.accelerator.is_available():
@@ -90,70 +104,64 @@ def suitable_device() -> torch.device:
     return torch.device("cpu")
 
 
-def has_native_bf16() -> bool:
-    """True if this CPU multiplies bf16 numbers in hardware; without it bf16 is emulated and slow."""
-    return any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+def suitable_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp16 on an accelerator and fp32 on a CPU.
 
-
-def suitable_dtype(device: torch.device | str, config=None) -> torch.dtype:
-    """Half precision on an accelerator; on a CPU fp32, unless bf16 is native and clearly faster.
-
-    On a CPU both are timed on what a verify pass does: 16 rows through linear layers of the model's
-    size. bf16 halves the bytes to read, which decides for large models; but not every CPU that has it
-    also computes faster in it, which decides for small ones. Where they are close it is always fp32, so that
-    a model is not loaded in one dtype today and in another tomorrow.
+    A rule, not a timing: one machine gets the same answer every time. Emulated bf16 does not count; on a T4 it is
+    several times slower than fp16.
     """
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float16
-    if not has_native_bf16():
-        return torch.float32
-    hidden = getattr(config and config.get_text_config(), "hidden_size", None) or 2048
-    seconds = {dtype: _linear_seconds(dtype, hidden) for dtype in (torch.float32, torch.bfloat16)}
-    return torch.bfloat16 if CLEARLY * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    if torch.device(device).type == "cpu":
+        return torch.bfloat16 if has_native_bf16() else torch.float32
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
-def _linear_seconds(dtype: torch.dtype, hidden: int, rows: int = 16, layers: int = 6, repeats: int = 9) -> float:
-    """Median seconds of ``rows`` through ``layers`` different linear layers ``[3 hidden, hidden]``."""
-    weights = [torch.randn(3 * hidden, hidden).to(dtype) for _ in range(layers)]
-    inputs = torch.randn(rows, hidden).to(dtype)
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for weight in weights:
-            torch.nn.functional.linear(inputs, weight)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+def has_native_bf16() -> bool:
+    """True if this CPU multiplies bf16 numbers in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def context_length(model) -> int | None:
     """The largest number of positions the model accepts, or None if it states none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def attention_window(model) -> int | None:
-    """How many positions back some of the model's layers look at most; None where all look at the whole text."""
     config = model.config.get_text_config()
-    if set(getattr(config, "layer_types", None) or []) == {"full_attention"}:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def require_chat_template(tokenizer) -> None:
-    """Raise :class:`InputError` if the tokenizer cannot lay out a conversation."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template; set tokenizer.chat_template "
-            "to the layout the model was trained with"
-        )
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return None
 
 
 def eos_token_ids(model, tokenizer) -> list[int]:
     """Every token id that ends an answer, from the generation config and the tokenizer."""
-    stated = model.generation_config.eos_token_id
-    ids = set(stated if isinstance(stated, list) else [stated])
-    return sorted(i for i in ids | {tokenizer.eos_token_id} if i is not None)
+    return sorted(as_ids(model.generation_config.eos_token_id) | as_ids(tokenizer.eos_token_id))
+
+
+def as_ids(value) -> set[int]:
+    """Token ids given as None, a number, a tensor or several numbers."""
+    if value is None:
+        return set()
+    if isinstance(value, torch.Tensor):
+        value = value.flatten().tolist()
+    return {int(value)} if isinstance(value, int) else {int(i) for i in value}
+
+
+class _HandThrough(nn.Module):
+    """Stands in for a backbone: returns the states it is given."""
+
+    def forward(self, *_, inputs_embeds=None, **__):
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def logits_of(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's own way from last hidden states ``[B, T, D]`` to logits ``[B, T, V]``.
+
+    Most models apply lm_head; some scale or cap what comes out of it. So the model's own ``forward`` runs, around a
+    stand-in for the backbone that hands the states through. That this gives ``model(ids).logits`` is checked by
+    :func:`medusa_nb.verification.check_model`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shell = copy.deepcopy(model, shared | {id(model.base_model): _HandThrough()})
+    return lambda hidden: shell(inputs_embeds=hidden, use_cache=False).logits
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -163,3 +171,17 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def base_fingerprint(model) -> str:
+    """SHA-256 over architecture, sizes and lm_head (in bf16, so that it does not depend on the dtype loaded in)."""
+    config = model.config.get_text_config()
+    weight = model.get_output_embeddings().weight.detach().to("cpu", torch.bfloat16).contiguous()
+    digest = hashlib.sha256(f"{config.model_type} {config.num_hidden_layers} {list(weight.shape)}".encode())
+    digest.update(weight.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_state(model) -> list[tuple[int, int]]:
+    """Where each weight lies and how often it was written to: another one if the weights change."""
+    return [(p.data_ptr(), write_count(p)) for p in model.parameters()]

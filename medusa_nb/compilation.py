@@ -1,272 +1,337 @@
-"""Compiling a decoding step: Inductor with frozen weights on a CPU, CUDA graphs on a GPU."""
+"""Compiling a decoding step: one layer is compiled and serves all layers, so the cost does not grow with depth.
 
-import hashlib
-import inspect
-import statistics
+On a CPU the step runs on a copy of the model that shares its weights, in which
+
+- every linear layer has its weight packed once for oneDNN, which reads it at nearly the memory's full speed
+- every decoder layer calls one compiled function, which gets the layer's weights and cache block as arguments.
+
+On an accelerator the whole step is captured as a CUDA graph. Only public options of ``torch.compile`` are used; the two
+private operators behind packed weights stand in :mod:`medusa_nb.private`.
+"""
+
+import copy
 import time
 import warnings
+import weakref
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from functools import cache
-from pathlib import Path
-from types import FunctionType, MethodType
+from contextlib import contextmanager
+from types import FunctionType
 
 import torch
-from transformers import AttentionInterface
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from medusa_nb.base_model import attention_window, context_length
-from medusa_nb.micro_attention import own_attention
-from medusa_nb.micro_gemm import own_products, serves
-from medusa_nb.verification import read_prompts
+from medusa_nb.base_model import weights_state
+from medusa_nb.kv_cache import KeysValues, Window
+from medusa_nb.private import attention_of, pack_weight, packed_product
+from medusa_nb.verification import first_line, logits_maker, require_same_logits
 
-GROUPED = "medusa_grouped_sdpa"
-ON_A_CPU = {  # options of Inductor
-    "freezing": True,  # weights are constants
-    "cpp.enable_concat_linear": True,  # layers that read the same states (q, k, v; gate, up) are one matrix
-    "cpp_wrapper": True,  # kernels are called from C++: a small model's step is some hundred calls
-}
+ATTENTION = "medusa_sdpa"
+PACKED_FOR = 16  # rows that weights are packed for; they serve any number
+MOST_LAYERS = 6  # layers that are compiled together: each call of compiled code costs about a tenth of a layer
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention with grouped queries that never repeats keys and values.
+def _register_product() -> None:
+    """Make the packed product an operator that the compiler calls and does not look into."""
+    if hasattr(torch.ops.medusa_nb, "packed_linear"):  # an export's copy of this module may have done so
+        return
+    torch.library.define("medusa_nb::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    torch.library.impl("medusa_nb::packed_linear", ("CPU", "MkldnnCPU"))(packed_product)
+    torch.library.register_fake("medusa_nb::packed_linear")(
+        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
+    )
 
-    The query heads that share a key head stand one below the other as further rows: ``[B, heads, N, d]`` is
-    read as ``[B, key heads, groups * N, d]``, and so is the mask. transformers' own sdpa copies every key and
-    value once per group as soon as there is a mask.
+
+_register_product()
+
+
+class PackedLinear(nn.Module):
+    """Linear layers that read the same input, as one product with a weight that is packed once."""
+
+    def __init__(self, linears: list[nn.Linear]):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.register_buffer("weight", pack_weight(weight, PACKED_FOR))
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
+        self.result: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.medusa_nb.packed_linear(x, self.weight, self.bias)
+
+
+class Part(nn.Module):
+    """Stands in for one of the layers that a :class:`PackedLinear` joins: the first one called computes for all."""
+
+    def __init__(self, joint: PackedLinear, columns: slice, first: bool, last: bool):
+        super().__init__()
+        self.joint, self.columns, self.first, self.last = joint, columns, first, last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first:
+            self.joint.result = self.joint(x)
+        result = self.joint.result[..., self.columns]
+        if self.last:
+            self.joint.result = None
+        return result
+
+
+def pack(model) -> None:
+    """Replace every ``nn.Linear`` of a model by packed ones; those called one after the other on one input are joined."""
+    calls: list[tuple[nn.Linear, int]] = []
+    parents = {child: (m, name) for m in model.modules() for name, child in m.named_children()}
+    linears = [module for module in parents if type(module) is nn.Linear]
+    hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, id(args[0])))) for m in linears]
+    inputs = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    groups: list[list[nn.Linear]] = []
+    for (module, seen), (_, before) in zip(calls, [(None, None), *calls], strict=False):
+        alike = groups and parents[module][0] is parents[groups[-1][0]][0] and seen == before
+        if alike and (module.bias is None) == (groups[-1][0].bias is None):
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+    del inputs
+    for group in groups:
+        joint, start = PackedLinear(group), 0
+        for i, linear in enumerate(group):
+            columns = slice(start, start + linear.out_features)
+            part = Part(joint, columns, i == 0, i == len(group) - 1) if len(group) > 1 else joint
+            setattr(*parents[linear], part)
+            start += linear.out_features
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """torch's attention, with a mask, without copies of keys and values that several query heads share.
+
+    transformers' own copies them once per group as soon as there is a mask.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    rows = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)
-    mask = attention_mask.repeat(1, 1, groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    out = out.unflatten(2, (groups, query.shape[2])).flatten(1, 2)
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-class Outside:
-    """A choice of tokens that compiled code calls instead of containing it.
+class BlockCache:
+    """What decoder layers see of the cache while they are compiled: their blocks, or nothing but new keys and values."""
 
-    Random numbers are then drawn as in eager decoding, and ``choose`` may be another one at every call.
-    """
+    def __init__(self, blocks: KeysValues, window: Window | None = None):
+        self.blocks, self.window, self.calls = blocks, window, 0
 
-    def __init__(self, choose: Callable[[torch.Tensor], torch.Tensor]):
-        self.choose = choose
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.window is None:
+            self.blocks.append((key_states, value_states))
+            return key_states, value_states
+        keys, values = self.blocks[self.calls]
+        self.calls += 1
+        return self.window.update(keys, key_states), self.window.update(values, value_states)
 
-    @torch.compiler.disable
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        return self.choose(logits)
+
+def step_block(layers, hidden, rows, span, batch, capacity, blocks, named):
+    """A few layers' part of a step: they read and write their blocks of the cache."""
+    cache = BlockCache(blocks, Window(capacity, rows, batch, span))
+    for layer in layers:
+        hidden = layer(hidden, past_key_values=cache, **named)
+    return hidden
+
+
+def prompt_block(layers, hidden, named):
+    """A few layers' part of reading a prompt; also returns their keys and values."""
+    cache = BlockCache([])
+    for layer in layers:
+        hidden = layer(hidden, past_key_values=cache, **named)
+    return hidden, cache.blocks
+
+
+class PromptCache(DynamicCache):
+    """Collects each layer's keys and values while a prompt is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read: KeysValues = []
+
+
+class BlockCall(nn.Module):
+    """Stands in for a few decoder layers of the copy: calls what was compiled for layers like them."""
+
+    def __init__(self, layers: list[nn.Module], first: int, functions: "BlockFunctions"):
+        super().__init__()
+        self.layers, self.first, self.functions = nn.ModuleList(layers), first, functions
+        self.kind = kind_of(self.layers)
+
+    def forward(self, hidden, *args, past_key_values=None, **named):
+        if args:
+            raise TypeError("this model passes its layers arguments without names")
+        layers = list(self.layers)
+        if isinstance(past_key_values, PromptCache):
+            hidden, read = self.functions.get(prompt_block, self.kind, ())(layers, hidden, named)
+            past_key_values.read += read
+            return hidden
+        window = past_key_values.window
+        blocks = [(b.keys, b.values) for b in past_key_values.layers[self.first : self.first + len(layers)]]
+        run = self.functions.get(step_block, self.kind, (window.batch, hidden.shape[1]))
+        return run(layers, hidden, window.rows, window.span, window.batch, window.capacity, blocks, named)
+
+
+def kind_of(layer: nn.Module) -> str:
+    """What a compiled layer depends on besides the values of its weights: classes, plain attributes, shapes."""
+    facts = []
+    for name, module in layer.named_modules():
+        facts.append(f"{name} {type(module).__name__}")
+        facts += [f"{k}={v}" for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)]
+        facts += [f"{k}:{tuple(p.shape)}" for k, p in module.named_parameters(recurse=False)]
+    return "\n".join(facts)
+
+
+class BlockFunctions:
+    """Compiled functions of a few layers, by what they do, the kind of layers, and the shape of what they get."""
+
+    def __init__(self):
+        self.known: dict = {}
+
+    def get(self, function: Callable, kind: str, shape: tuple) -> Callable:
+        key = function.__name__, kind, shape
+        if key not in self.known:
+            # one code object each: the compiler keeps its results by code object. The first graph serves every call,
+            # so nothing is checked before one; the sizes that may change are named in `dynamic_sizes`.
+            own = FunctionType(function.__code__.replace(), function.__globals__)
+            options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
+            self.known[key] = torch.compile(own, fullgraph=True, dynamic=function is prompt_block, options=options)
+        return self.known[key]
+
+
+def sizes_that_change(layers: int) -> str:
+    """Names of the sizes that may differ from call to call of a compiled step, as the compiler knows them."""
+    blocks = [f"L['blocks'][{i}][{j}]:0" for i in range(layers) for j in (0, 1)]
+    return ",".join(["L['span']", "L['capacity']", "L['named']['attention_mask']:3", *blocks])
 
 
 @contextmanager
-def grouped(model):
-    """Let a model that uses sdpa use :func:`grouped_attention` instead, for a while."""
-    config = model.config.get_text_config()
-    stated = config._attn_implementation
-    if stated == "sdpa":
-        config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        config._attn_implementation = stated
-
-
-@torch.no_grad()
-def onednn_is_faster(weight: torch.Tensor, rows: int) -> bool:
-    """Whether oneDNN multiplies ``rows`` float32 rows by ``weight`` ``[V, D]`` faster than MKL does, here.
-
-    MKL, which Inductor takes for float32, is quick on Intel's processors; on others it can take three times as long.
-    """
-    if weight.dtype != torch.float32 or not (
-        torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    ):
-        return False
-    weight = weight.detach()[:2048].contiguous()
-    x = torch.ones(rows, weight.shape[1])
-    for_mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    ways = {
-        "mkl": lambda: torch.ops.mkl._mkl_linear(x, for_mkl, weight, None, rows),
-        "onednn": lambda: torch.ops.mkldnn._linear_pointwise(x, for_onednn, None, "none", [], ""),
-    }
-    seconds = {name: [] for name in ways}
-    for _ in range(9):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-    return statistics.median(seconds["onednn"]) < statistics.median(seconds["mkl"])
-
-
-class _AsOnArm:
-    """oneDNN's operators as Inductor sees them, with the answer it gets on Arm processors: use them for float32."""
-
-    def __getattr__(self, name: str):
-        return (lambda: True) if name == "_is_mkldnn_acl_supported" else getattr(torch.ops.mkldnn, name)
-
-
-@contextmanager
-def packed_for_onednn():
-    """Let Inductor hand float32 matrices to oneDNN, too; by itself it prefers MKL wherever that is built in."""
-    from torch._inductor.fx_passes import mkldnn_fusion
-
-    operators = mkldnn_fusion.mkldnn
-    mkldnn_fusion.mkldnn = _AsOnArm()
-    try:
-        yield
-    finally:
-        mkldnn_fusion.mkldnn = operators
-
-
-@cache
-def kernels_tag() -> str:
-    """A hash of our own kernels: Inductor keeps compiled graphs on disk and does not know what is in them."""
-    files = {inspect.getfile(part) for part in (own_products, own_attention)}
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
-
-
-@contextmanager
-def compiling(weight: torch.Tensor, rows: int, dynamic: str, library: bool = False):
-    """Settings under which a graph of about ``rows`` rows compiles well where ``weight`` lies, lm_head's ``[V, D]``.
-
-    ``dynamic`` names what may change from call to call, on a CPU; CUDA graphs have one shape. ``library``: leave
-    multiplications and attention to the libraries, also where :mod:`medusa_nb.micro_gemm` and
-    :mod:`medusa_nb.micro_attention` are faster.
-    """
-    from torch._inductor import config  # who decodes eagerly needs no compiler
-
-    cpu = weight.device.type == "cpu"
-    own = cpu and not library and serves(weight.dtype, rows)  # our kernel takes the place of oneDNN's, not of MKL's
+def compiling():
+    """Settings under which blocks of layers are compiled."""
     with (
-        own_products() if own else nullcontext(),
-        own_attention() if own else nullcontext(),
-        packed_for_onednn() if own or cpu and onednn_is_faster(weight, rows) else nullcontext(),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
-        config.patch(ON_A_CPU if cpu else {}),
-        torch.compiler.config.patch(dynamic_sources=dynamic if cpu else "", cache_key_tag=kernels_tag() if own else ""),
+        torch.compiler.config.patch(dynamic_sources=sizes_that_change(MOST_LAYERS)),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # Inductor's own use of it
         yield
 
 
-def compile_step(decoder, library: bool = False):
-    """A compiled version of ``decoder.step``, warmed up, and the seconds that took.
+class FastModel:
+    """A copy of a model that shares its weights, with compiled layers and, on a CPU, packed products."""
 
-    Shapes are fixed (tree, slots, capacity) and weights are constants of the compiled code, so that on a
-    CPU every linear layer is laid out for exactly this number of rows; only ``span``, how far attention looks back,
-    may change there from step to step. The step is one graph, or two with an :class:`Outside` between them. On a
-    CPU the decoder also gets the model's :class:`CompiledReader`. Where no compiler works the eager step is returned,
-    None, and why. ``library``: see :func:`compiling`.
-    """
-    device = decoder.verifier.device
-    cpu, whole = device.type == "cpu", not isinstance(decoder.verifier.choose, Outside)
-    mode = None if cpu else "reduce-overhead"
-    run = compiled(decoder.step, whole=whole, always_fits=whole, mode=mode)
+    def __init__(self, model):
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model, self.weights = copy.deepcopy(model, shared), weights_state(model)
+        config = self.model.config.get_text_config()
+        for module in self.model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = 0  # or every layer would be of a kind of its own
+        if model.device.type == "cpu":
+            pack(self.model)
+            if attention_of(config) == "sdpa":
+                self.model.set_attn_implementation(ATTENTION)
+        layers, functions = decoder_layers(self.model), BlockFunctions()
+        alike = (
+            len({kind_of(layer) for layer in layers}) == 1
+            and len(set(getattr(config, "layer_types", None) or [0])) == 1
+        )
+        size = max(n for n in range(1, MOST_LAYERS + 1) if len(layers) % n == 0) if alike else 1
+        calls = [BlockCall(list(layers[i : i + size]), i, functions) for i in range(0, len(layers), size)]
+        del layers[:]
+        layers.extend(calls)
+        self.logits = logits_maker(model)(self.model)
 
-    def step(state, span):
-        with grouped(decoder.model):
-            return run(state, span)
-
-    lm_head = decoder.model.get_output_embeddings().weight
-    started = time.perf_counter()
-    try:
-        with compiling(lm_head, rows=decoder.slots * decoder.draft.size, dynamic="L['span']", library=library):
-            prompts = [torch.zeros(2, dtype=torch.long, device=device)] * decoder.slots
-            state = decoder.start(prompts)
-            span = decoder.span(decoder.capacity // 2) if cpu else decoder.capacity
-            for _ in range(3):
-                state, _ = step(state, span)
-    except Exception as error:  # whatever the compiler trips over, decoding goes on without it
-        return decoder.step, None, first_line(error)
-    why_eager = ""
-    if cpu:
-        try:
-            decoder.verifier.read = CompiledReader.of(decoder.model, library)
-        except Exception as error:
-            why_eager = f"prompts are read eagerly: {first_line(error)}"
-
-    def step_in_parts(state, span):  # parts are methods of every decoder, told apart by the model's config, too
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return step(state, span)
-
-    return run if whole else step_in_parts, time.perf_counter() - started, why_eager
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-
-
-def compiled(method: MethodType, always_fits: bool, whole: bool = True, mode: str | None = None):
-    """``torch.compile`` of a method, as one graph if ``whole``.
-
-    ``always_fits``: the code object, model and shapes are its own, so the first graph serves every call and needs no
-    guards; evaluating those takes as long as a layer of a small model.
-    """
-    options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    if always_fits:
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    return torch.compile(with_own_code(method), fullgraph=whole, dynamic=False, options=options)
-
-
-def with_own_code(method: MethodType) -> MethodType:
-    """The same method with a code object of its own.
-
-    The compiler keeps its results per code object and at every call looks through all of them; decoders
-    that shared one would slow each other down.
-    """
-    function = method.__func__
-    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return MethodType(copy, method.__self__)
-
-
-class CompiledReader:
-    """:func:`read_prompts` of a model on a CPU as one compiled graph, for one prompt of any length.
-
-    It writes into no decoder's buffer, so all decoders of a model share it: it is kept on the model, a copy of
-    which starts without one.
-    """
-
-    def __init__(self, model, library: bool = False):
-        self.model, self.weights = model, weights_state(model)
-        self.any_length = attention_window(model) is None  # else a graph may be for prompts shorter than the window
-        self.run = compiled(self.read, always_fits=self.any_length)
-        with compiling(model.get_output_embeddings().weight, rows=64, dynamic="L['ids']:1", library=library):
-            longest = min(64, context_length(model) or 64)
-            for length in (longest, longest // 2):
-                self.run(torch.zeros(1, length, dtype=torch.long), torch.tensor([length - 1]))
-
-    def __reduce__(self):
-        return type(None), ()
-
-    def __call__(self, ids: torch.Tensor, last: torch.Tensor):
-        if len(ids) > 1 or ids.shape[1] == 1:
-            return self.read(ids, last)
-        # what fits any length is called at once, nothing is looked up
-        with torch.compiler.set_stance("eager_on_recompile", skip_guard_eval_unsafe=self.any_length):
-            return self.run(ids, last)
-
-    def read(self, ids: torch.Tensor, last: torch.Tensor):
-        return read_prompts(self.model, ids, last)
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, KeysValues]:
+        """See :meth:`medusa_nb.verification.Verifier.read`."""
+        cache, positions = PromptCache(), torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        backbone = self.model.base_model
+        hidden = backbone(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return hidden.last_hidden_state, cache.read
 
     @classmethod
-    def of(cls, model, library: bool = False) -> "CompiledReader":
-        """The reader of this model. Weights are constants of compiled code: if they changed, it is made anew."""
-        name = "_medusa_library_reader" if library else "_medusa_reader"
-        known = model.__dict__.get(name)
+    def of(cls, model) -> "FastModel":
+        """The copy of this model, made once; if the model's weights have changed, it is made anew."""
+        known = _FAST.get(model)
         if known is None or known.weights != weights_state(model):
-            known = model.__dict__[name] = cls(model, library)
+            known = _FAST[model] = cls(model)
         return known
 
 
-def weights_state(model) -> list[tuple[int, int]]:
-    """Where each weight lies and how often it was written to: another one if the weights change."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+_FAST: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The list of decoder layers of a transformers model."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise TypeError(f"{type(model).__name__} has no list of {count} layers")
+
+
+def compile_decoder(decoder) -> tuple[Callable, float | None, str]:
+    """A compiled version of ``decoder.step``, the seconds it took, and why it is eager (empty if it is not).
+
+    What was compiled is run against the eager step first: it must give the same logits. Whatever the compiler trips
+    over, decoding goes on eagerly: the eager step is returned, None, and the reason.
+    """
+    verifier, started = decoder.verifier, time.perf_counter()
+    eager = verifier.backbone, verifier.logits, verifier.read
+    try:
+        with compiling():
+            device, capacity = verifier.device, verifier.capacity
+            length = max(2, min(24, capacity - decoder.draft.size - 2))
+            prompts = [torch.arange(1, 1 + length - i % 2, device=device) for i in range(decoder.slots)]
+            state = decoder.start(prompts)
+            span = decoder.span(capacity // 2)
+            candidates = decoder.draft(state)
+            wanted, _ = verifier.look(candidates, state.lengths, span)
+            fast = FastModel.of(decoder.model)
+            verifier.backbone, verifier.logits = fast.model.base_model, fast.logits
+            found, _ = verifier.look(candidates, state.lengths, span)
+            require_same_logits(found, wanted)
+            if decoder.slots == 1:
+                verifier.read = lambda ids: fast.read(ids) if ids.shape[0] == 1 < ids.shape[1] else eager[2](ids)
+                decoder.start(prompts)
+            run = capture(decoder, state) if device.type == "cuda" else decoder.step
+            for _ in range(3):
+                state, _ = run(state, span if device.type == "cpu" else capacity)
+    except Exception as error:  # whatever the compiler trips over, decoding goes on without it
+        verifier.backbone, verifier.logits, verifier.read = eager
+        return decoder.step, None, first_line(error)
+    return run, time.perf_counter() - started, ""
+
+
+def capture(decoder, state) -> Callable:
+    """``decoder.step`` as a CUDA graph: its launches are recorded once and replayed."""
+    fixed = state._replace(**{name: value.clone() for name, value in state._asdict().items() if value is not None})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            decoder.step(fixed, decoder.verifier.capacity)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = decoder.step(fixed, decoder.verifier.capacity)
+
+    def run(state, span):
+        for kept, value in zip(fixed, state, strict=True):
+            if kept is not None:
+                kept.copy_(value)
+        graph.replay()
+        return result
+
+    return run

@@ -1,8 +1,8 @@
-"""A key-value buffer with one slot per text, whose rejected rows can be removed.
+"""A key-value cache with one slot per sequence, from which rejected rows can be removed.
 
-Guesses are written behind the accepted text; after verification the rows of the accepted path move
-together and whatever stands behind them is overwritten later. Every text has its own length, so several
-texts can grow side by side at their own pace. It plugs into transformers' own ``Cache``: no model changes.
+Draft tokens are written after the accepted text. After verification the rows of the accepted path move together, and
+whatever comes after them is overwritten later. Every sequence has its own length, so several can grow side by side at
+their own pace. It plugs into transformers' own ``Cache``: no model changes.
 """
 
 from dataclasses import dataclass
@@ -11,55 +11,46 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass
-class Place:
+class Window:
     """Where the next keys and values go, and what attention reads; the same for all layers.
 
-    ``rows`` ``[B * T]`` are row numbers of the flattened slots; ``span`` is how many rows of each of the
-    first ``texts`` slots are read.
+    ``rows`` ``[B * T]`` are row numbers of a layer's block; attention reads the first ``span`` rows of each of the
+    first ``batch`` slots of ``capacity`` rows.
     """
 
-    slots: int
     capacity: int
-    rows: torch.Tensor | None = None
-    texts: int = 0
-    span: int = 0
+    rows: torch.Tensor
+    batch: int
+    span: int
 
-    @property
-    def size(self) -> int:
-        """How many rows all slots have together."""
-        return self.slots * self.capacity
+    def update(self, block: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Write ``[B, heads, T, d]`` into a block ``[slots * capacity, heads, d]``; what attention reads of it."""
+        block.index_copy_(0, self.rows, states.transpose(1, 2).flatten(0, 1))
+        slots = block.unflatten(0, (-1, self.capacity))
+        return slots[: self.batch, : self.span].transpose(1, 2)
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: for each the buffer ``[rows, heads, head_dim]`` and where its block starts."""
+    """Keys and values of one layer, each a block ``[slots * capacity, heads, d]``."""
 
     is_compileable = False  # we compile the step ourselves; transformers need not prepare for it
     is_sliding = False
 
-    def __init__(self, place: Place, keys: tuple[torch.Tensor, int], values: tuple[torch.Tensor, int]):
+    def __init__(self, cache: "SlotCache", keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.place, self.blocks = place, (keys, values)
-        self.dtype, self.device, self.is_initialized = keys[0].dtype, keys[0].device, True
+        self.cache, self.keys, self.values = cache, keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def lazy_initialization(self, key_states, value_states):
-        """Nothing is left to do: the cache made the buffers."""
+        """Nothing is left to do: the cache has made the blocks."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write ``[B, heads, T, head_dim]`` at the current place; return what attention reads."""
-        for (buffer, first), states in zip(self.blocks, (key_states, value_states), strict=True):
-            buffer.index_copy_(0, first + self.place.rows, states.transpose(1, 2).flatten(0, 1))
-        return tuple(self._read(buffer[first : first + self.place.size]) for buffer, first in self.blocks)
-
-    def fill(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write one text's ``[heads, T, head_dim]`` into the T rows from ``start`` on."""
-        for (buffer, first), states in zip(self.blocks, (key_states, value_states), strict=True):
-            buffer[first + start : first + start + states.shape[1]] = states.transpose(0, 1)
-
-    def _read(self, block: torch.Tensor) -> torch.Tensor:
-        slots = block.unflatten(0, (self.place.slots, self.place.capacity))
-        return slots[: self.place.texts, : self.place.span].transpose(1, 2)
+        window = self.cache.window
+        return window.update(self.keys, key_states), window.update(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -68,61 +59,68 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        return self.place.capacity
+        return self.cache.capacity
 
 
 class SlotCache(Cache):
-    """A ``transformers.Cache`` for ``slots`` texts of at most ``capacity`` tokens each.
+    """A ``transformers.Cache`` for ``slots`` sequences of at most ``capacity`` tokens each.
 
-    What all layers keep in the same shape lies in one buffer, block by block, so that accepted rows of all layers
-    move at once.
+    The keys of all layers lie in one buffer, block after block, and so do the values: accepted rows of all layers
+    move at once. (Layers of another shape have buffers of their own.)
     """
 
     def __init__(self, slots: int, capacity: int):
-        self.place, self.buffers = Place(slots, capacity), []
+        self.slots, self.capacity, self.window, self.buffers = slots, capacity, None, []
         super().__init__(layers=[])
 
-    def write_at(self, slots: torch.Tensor, starts: torch.Tensor, count: int, span: int) -> None:
-        """Let the next pass write ``count`` rows from ``starts`` ``[B]`` in ``slots`` ``[B]`` and read ``span``."""
-        rows = self.rows(slots, starts, torch.arange(count, device=starts.device))
-        self.place.rows, self.place.texts, self.place.span = rows.flatten(), len(slots), span
+    @property
+    def size(self) -> int:
+        """How many rows a block has."""
+        return self.slots * self.capacity
 
-    def rows(self, slots: torch.Tensor, starts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` numbers of rows in a block: ``starts`` ``[B]`` plus ``offsets`` ``[T]`` or ``[B, T]``."""
-        return (slots * self.place.capacity + starts).unsqueeze(1) + offsets
+    def write_at(self, starts: torch.Tensor, count: int, span: int) -> None:
+        """Let the next pass write ``count`` rows from ``starts`` ``[B]`` on in the first B slots, and read ``span``."""
+        rows = self.rows(starts, torch.arange(count, device=starts.device))
+        self.window = Window(self.capacity, rows.flatten(), len(starts), span)
 
-    def fill(self, slots: list[int], read: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Start texts in ``slots`` with each layer's keys and values ``[B, heads, T, head_dim]`` of their prompts."""
+    def rows(self, starts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` row numbers in a block: ``starts`` ``[B]`` plus ``offsets`` ``[T]`` or ``[B, T]``."""
+        slots = torch.arange(len(starts), device=starts.device)
+        return (slots * self.capacity + starts).unsqueeze(1) + offsets
+
+    def fill(self, slots: list[int], read: KeysValues) -> None:
+        """Start sequences in ``slots`` with each layer's keys and values ``[B, heads, T, d]`` of their prompts."""
         if not self.layers:
             self._make_layers(read)
-        for layer, (key_states, value_states) in zip(self.layers, read, strict=True):
-            for line, slot in enumerate(slots):
-                layer.fill(slot * self.place.capacity, key_states[line], value_states[line])
+        for layer, pair in zip(self.layers, read, strict=True):
+            for block, states in zip((layer.keys, layer.values), pair, strict=True):
+                for line, slot in enumerate(slots):
+                    start = slot * self.capacity
+                    block[start : start + states.shape[2]] = states[line].transpose(0, 1)
 
-    def _make_layers(self, like: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """A block for each layer's keys and for its values, in one buffer for each shape ``[heads, head_dim]``."""
-        shapes = [(states.shape[1], states.shape[3]) for pair in like for states in pair]
-        # zeros, because a masked row still takes part in the arithmetic and must not be NaN
-        buffers = {
-            shape: like[0][0].new_zeros(shapes.count(shape) * self.place.size, *shape)
-            for shape in dict.fromkeys(shapes)
-        }
-        blocks = [(buffers[s], shapes[:i].count(s) * self.place.size) for i, s in enumerate(shapes)]
-        self.layers = [SlotLayer(self.place, *pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
-        self.buffers = list(buffers.values())
+    def _make_layers(self, like: KeysValues) -> None:
+        """One buffer for all layers' keys and one for their values, for each shape ``[heads, d]`` that occurs."""
+        blocks = []
+        for states in zip(*like, strict=True):  # all keys, then all values
+            shapes = [(x.shape[1], x.shape[3]) for x in states]
+            # zeros, because a masked row still takes part in the arithmetic and must not be NaN
+            buffers = {
+                shape: states[0].new_zeros(shapes.count(shape), self.size, *shape) for shape in dict.fromkeys(shapes)
+            }
+            self.buffers += buffers.values()
+            blocks.append([buffers[shape][shapes[:i].count(shape)] for i, shape in enumerate(shapes)])
+        self.layers = [SlotLayer(self, keys, values) for keys, values in zip(*blocks, strict=True)]
 
-    def keep(self, slots: torch.Tensor, starts: torch.Tensor, path: torch.Tensor) -> None:
+    def keep(self, starts: torch.Tensor, path: torch.Tensor) -> None:
         """Of the rows written from ``starts`` on, move those of ``path`` ``[B, P]`` together, in its order."""
-        target = self.rows(slots, starts, torch.arange(path.shape[1], device=path.device))
-        self._move(self.rows(slots, starts, path).flatten(), target.flatten())
+        target = self.rows(starts, torch.arange(path.shape[1], device=path.device))
+        self._move(self.rows(starts, path).flatten(), target.flatten())
 
     def move_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` rows of one slot to another."""
         offsets = torch.arange(length, device=self.buffers[0].device)
-        self._move(offsets + source * self.place.capacity, offsets + target * self.place.capacity)
+        self._move(offsets + source * self.capacity, offsets + target * self.capacity)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy rows ``source`` of every block to its rows ``target``."""
         for buffer in self.buffers:
-            first = torch.arange(0, len(buffer), self.place.size, device=buffer.device).unsqueeze(1)
-            buffer.index_copy_(0, (first + target).flatten(), buffer[(first + source).flatten()])
+            buffer.index_copy_(1, target, buffer.index_select(1, source))

@@ -1,24 +1,24 @@
-"""Guessing from the text itself: what followed the last few tokens when they stood there before.
+"""Drafting from the text itself: what followed the last few tokens where they occurred before.
 
-Known as prompt lookup or n-gram speculation. It costs no model and is strong where text repeats itself.
+Known as prompt lookup or n-gram speculation. It needs no model and is strong where text repeats itself.
 """
 
 import torch
 
 
-def ngram_guesses(
+def ngram_tokens(
     text: torch.Tensor, ends: torch.Tensor, count: int, longest: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continue each text as it went on after the longest, then latest, earlier match of its ending.
+    """Continue each text as it went on after the longest (then the latest) earlier match of its ending.
 
     Args:
-        text: ``[B, C]`` token ids; what stands behind ``ends`` is ignored.
+        text: ``[B, C]`` token ids; whatever comes after ``ends`` is ignored.
         ends: ``[B]``, the place of each text's last token.
-        count: how many tokens to guess. A match near the end is continued periodically.
+        count: how many tokens to draft. A match near the end is continued periodically.
         longest: the most tokens of the ending that are compared.
 
     Returns:
-        Guesses ``[B, count]`` and how many tokens matched ``[B]``, 0 where none did.
+        Draft tokens ``[B, count]`` and how many tokens matched ``[B]``, 0 where none did.
     """
     places = torch.arange(text.shape[1], device=text.device)
     matched = torch.zeros_like(text)
@@ -35,12 +35,12 @@ def ngram_guesses(
     return copied, matched.gather(1, found)[:, 0]
 
 
-def ngram_worth(answers: list[list[int]], starts: list[int], count: int = 8, longest: int = 3) -> torch.Tensor:
-    """How often n-gram guesses are right, by length of the match: ``[longest + 1, count]``.
+def ngram_worth(answers: list[list[int]], starts: list[int], count: int = 12, longest: int = 4) -> torch.Tensor:
+    """How often copied tokens are right, by length of the match: ``[longest + 1, count]``.
 
     Entry ``[n, d]``: of the positions in ``answers`` (ids of prompt and answer, the answer from ``starts`` on)
-    where n tokens matched, the share at which the first d + 1 guesses were all right. Row 0 is 0. Half a
-    right guess is added to every count of guesses, so that what was never seen is worth little.
+    where n tokens matched, the share at which the first d + 1 copied tokens were all right. Row 0 is 0. One wrong
+    try is added to every count, so that what was hardly ever seen is worth little.
     """
     right = torch.zeros(longest + 1, count)
     seen = torch.zeros(longest + 1)
@@ -49,10 +49,10 @@ def ngram_worth(answers: list[list[int]], starts: list[int], count: int = 8, lon
         if not len(ends):
             continue
         text = torch.tensor(ids).expand(len(ends), -1)
-        guesses, matched = ngram_guesses(text, ends, count, longest)
+        drafted, matched = ngram_tokens(text, ends, count, longest)
         places = ends.unsqueeze(1) + 1 + torch.arange(count)
         truth = text.gather(1, places.clamp(max=len(ids) - 1)).masked_fill(places >= len(ids), -1)
-        run = (guesses == truth).int().cumprod(1).float()
+        run = (drafted == truth).int().cumprod(1).float()
         right.index_add_(0, matched, run)
         seen.index_add_(0, matched, torch.ones(len(ends)))
     worth = right / (seen + 1).unsqueeze(1)

@@ -1,11 +1,12 @@
 """Choosing a token other than greedily: temperature, top-k, top-p.
 
-The same choice serves plain decoding and decoding with heads. Speculative sampling accepts a guess with
-the probability min(1, p / q) and otherwise draws from what p has left (Leviathan et al., arXiv 2211.17192).
-Guesses of a tree are fixed, not drawn, so q is 1 at a guess: drawing the token from p and keeping a guess
-where it is that token is the same rule, and every emitted token is distributed as p.
+The same choice serves plain decoding and decoding with heads. Speculative sampling accepts a draft token with the
+probability min(1, p / q) and otherwise draws from what p has left (Leviathan et al., arXiv 2211.17192). The tokens of
+a tree are fixed, not drawn, so q is 1 there. Then the rule is simply: draw the token from p, and keep a draft token
+where it is the one that was drawn. Every emitted token is distributed as p.
 """
 
+import math
 import zlib
 
 import torch
@@ -25,8 +26,8 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None):
-        if not temperature > 0:
-            raise InputError(f"temperature={temperature}; choose one above 0, or decode greedily")
+        if not 0 < temperature < math.inf:
+            raise InputError(f"temperature={temperature}; choose a number above 0, or decode greedily")
         if top_k < 0 or not 0 < top_p <= 1:
             raise InputError(f"top_k={top_k}, top_p={top_p}; top_k is 0 or more, top_p above 0 and at most 1")
         self.filters = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
@@ -46,7 +47,12 @@ class Sampler:
         return torch.rand(shape, generator=self.generator)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        cumulative = self.probabilities(logits).double().cumsum(-1)
+        probabilities = self.probabilities(logits)
+        if not torch.isfinite(probabilities).all():
+            raise InputError(
+                "there is no distribution to draw from: the logits are not finite; load the model in float32"
+            )
+        cumulative = probabilities.double().cumsum(-1)
         drawn = self.numbers(logits.shape[:-1]).to(logits.device).double().unsqueeze(-1) * cumulative[..., -1:]
         return torch.searchsorted(cumulative, drawn, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
@@ -62,26 +68,6 @@ class RowSampler(Sampler):
 
     def numbers(self, shape: torch.Size) -> torch.Tensor:
         return torch.stack([torch.rand(shape[1:], generator=stream) for stream in self.streams])
-
-
-class TypicalAcceptance:
-    """Accept guesses the base model finds probable enough. **Not lossless**: the text's distribution changes.
-
-    A guess is kept if its probability is above ``min(epsilon, delta * exp(-entropy))``: where the model itself
-    is undecided, more passes (Cai et al., arXiv 2401.10774, section 2.3.1). Pass it as ``accept``, with a
-    :class:`Sampler` as ``choose``.
-    """
-
-    def __init__(self, sampler: Sampler, epsilon: float = 0.09, delta: float = 0.3):
-        self.sampler, self.epsilon, self.delta = sampler, epsilon, delta
-
-    def __call__(self, logits: torch.Tensor, said: torch.Tensor, candidates) -> torch.Tensor:
-        p = self.sampler.probabilities(logits)  # [B, N, V]
-        entropy = torch.special.entr(p).sum(-1)
-        bound = torch.minimum(torch.tensor(self.epsilon, device=p.device), self.delta * torch.exp(-entropy))
-        above = candidates.parents.unsqueeze(2).expand(-1, -1, p.shape[2])
-        own = p.gather(1, above).gather(2, candidates.tokens.unsqueeze(2))[..., 0]
-        return own > bound.gather(1, candidates.parents)
 
 
 def stream(*parts) -> torch.Generator:

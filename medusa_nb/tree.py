@@ -1,9 +1,9 @@
-"""The candidate tree: which combinations of guesses are worth checking in one forward pass.
+"""The candidate tree: which combinations of draft tokens are worth verifying in one forward pass.
 
-A node is a tuple of ranks: ``(0, 2)`` is head 0's best guess followed by head 1's third best. What
-a node is worth is a count: how often, on calibration text, the true tokens had exactly these ranks.
-The best tree of n nodes is therefore the n most frequent prefixes; no independence between heads is
-assumed. Which n is best depends on the machine (Sequoia, arXiv 2402.12374, section 3.2).
+A node is a tuple of ranks: ``(0, 2)`` is head 0's best token followed by head 1's third best. What a node is worth
+is a count: how often, on calibration text, the true tokens had exactly these ranks. So the best tree of n nodes is
+the n most frequent prefixes, and nobody has to assume that heads err independently. Which n is best depends on the
+machine (Sequoia, arXiv 2402.12374, section 3.2).
 """
 
 from collections import Counter
@@ -20,10 +20,13 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tree:
-    """A candidate tree; node 0 is the root, the token the base model already chose.
+    """A candidate tree. Node 0 is the root, the token the base model has already chosen.
 
-    ``paths[i]`` is the rank tuple of node i (the root's is empty) and ``parents[i]`` its parent's
-    number (the root's is -1); parents come before their children.
+    ``paths[i]`` is the rank tuple of node i (empty for the root), ``parents[i]`` the number of its parent (-1 for
+    the root). Parents come before their children.
+
+    Raises:
+        InputError: the root is missing, a node stands twice, or a parent is missing or comes after its child.
     """
 
     paths: tuple[Ranks, ...]
@@ -45,12 +48,22 @@ class Tree:
         object.__setattr__(self, "children", tuple(map(tuple, children)))
 
     @classmethod
+    def chain(cls, depth: int) -> "Tree":
+        """A tree with a single path, each head's best token: list decoding."""
+        return cls(tuple((0,) * i for i in range(depth + 1)))
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Ranks]) -> "Tree":
+        """A tree from rank tuples in any order; the root may be left out."""
+        return cls(tuple(sorted({(), *map(tuple, paths)}, key=lambda path: (len(path), path))))
+
+    @classmethod
     def from_parents(cls, parents: Iterable[int]) -> "Tree":
-        """The tree of nodes with these parents (the root's own is not asked); siblings are ranked in their order."""
+        """The tree whose nodes have these parents. The root's entry is ignored; siblings are ranked in their order."""
         paths: list[Ranks] = [()]
         born: Counter = Counter()
         for parent in list(parents)[1:]:
-            paths.append(paths[parent] + (born[parent],))
+            paths.append((*paths[parent], born[parent]))
             born[parent] += 1
         return cls(tuple(paths))
 
@@ -59,16 +72,16 @@ class Tree:
 
     @cached_property
     def depth(self) -> int:
-        """Length of the longest path of guesses: the number of heads the tree needs."""
+        """How many draft tokens the longest path holds: the number of heads the tree needs."""
         return max(map(len, self.paths))
 
     @cached_property
     def width(self) -> int:
-        """How many guesses of one head the tree uses at most: the k of top-k."""
+        """The largest number of tokens the tree takes from one head: the k of its top-k."""
         return max((rank + 1 for path in self.paths for rank in path), default=0)
 
     def mask(self) -> torch.Tensor:
-        """``[N, N]`` bool: row i may attend to column j if j is i itself or an ancestor of i."""
+        """The tree mask ``[N, N]``, bool: row i may attend to column j if j is node i itself or one of its ancestors."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for i, parent in enumerate(self.parents[1:], 1):
             mask[i] |= mask[parent]
@@ -82,30 +95,23 @@ class Tree:
 ROOT_ONLY = Tree(((),))
 
 
-def chain(depth: int) -> Tree:
-    """The tree of a single path of best guesses: list decoding."""
-    return Tree(tuple((0,) * i for i in range(depth + 1)))
-
-
 def build_tree(rank_counts: Counter, size: int) -> Tree:
-    """The tree of ``size`` nodes (the root included) that is right most often.
+    """The tree of ``size`` nodes that is right most often.
 
     Args:
-        rank_counts: for each tuple of ranks, at how many calibration positions the true tokens'
-            ranks start with it: ``{(0,): 900, (0, 2): 130, ...}``. See :func:`count_ranks`.
-        size: N, the number of tokens one verify pass reads.
+        rank_counts: for each tuple of ranks, at how many calibration positions the true tokens' ranks start with it:
+            ``{(0,): 900, (0, 2): 130, ...}``. See :func:`count_ranks`.
+        size: N, the number of tokens one pass verifies, the root included.
     """
     if size < 1:
-        raise InputError(f"a tree has at least its root, size={size} is too small")
+        raise InputError(f"a tree has at least its root; size={size} is too small")
     worth = {path: count for path, count in rank_counts.items() if path}
     chosen: list[Ranks] = [()]
-    kept = {()}
     for path in sorted(worth, key=lambda p: (-worth[p], len(p), p)):
         if len(chosen) == size:
             break
-        if path[:-1] in kept:
+        if path[:-1] in chosen:
             chosen.append(path)
-            kept.add(path)
     return Tree(tuple(chosen))
 
 
@@ -113,9 +119,9 @@ def count_ranks(ranks: torch.Tensor, max_rank: int = 32) -> Counter:
     """Count rank prefixes over calibration positions.
 
     Args:
-        ranks: ``[P, K]``, the rank each head gave the true token at each position (0 is best), or a
-            negative number where the answer ended before that head's token.
-        max_rank: ranks from here on are never guessed.
+        ranks: ``[P, K]``, the rank each head gave the true token at each position (0 is best), negative where the
+            answer ended before that head's token.
+        max_rank: tokens of this rank or worse are never drafted.
 
     Returns:
         A counter of prefixes; ``()`` counts all positions.
@@ -131,35 +137,10 @@ def count_ranks(ranks: torch.Tensor, max_rank: int = 32) -> Counter:
 
 
 def expected_tokens(tree: Tree, rank_counts: Counter) -> float:
-    """Tokens per pass the tree would have given on the calibration positions.
+    """Tokens per pass this tree would have given on the calibration positions.
 
-    One for the base model's own next token, plus each node's share of positions where it is right.
+    One for the base model's own next token, plus each node's share of the positions where it is right.
     """
     if not rank_counts.get(()):
         raise InputError("rank_counts has no entry () with the number of positions; use count_ranks")
     return 1 + sum(rank_counts[path] for path in tree.paths[1:]) / rank_counts[()]
-
-
-def fastest_tree(rank_counts: Counter, latency_by_width: dict[int, float], draft_seconds: float = 0.0) -> Tree:
-    """The tree with the most expected tokens per second on this machine.
-
-    Args:
-        rank_counts: from :func:`count_ranks`.
-        latency_by_width: t(n), seconds of one forward pass over n tokens, for the measured n.
-        draft_seconds: what a step costs besides the forward pass (heads, acceptance).
-    """
-    if not latency_by_width:
-        raise InputError("latency_by_width is empty; measure it with measurement.measure_latency")
-    trees = {n: build_tree(rank_counts, n) for n in sorted(latency_by_width)}
-    return max(trees.values(), key=lambda tree: tokens_per_second(tree, rank_counts, latency_by_width, draft_seconds))
-
-
-def tokens_per_second(tree: Tree, rank_counts: Counter, latency_by_width: dict[int, float], draft_seconds=0.0) -> float:
-    """Expected speed of a tree: tokens(n) / (t(n) + draft), t of the next measured width."""
-    seconds = min((n, t) for n, t in latency_by_width.items() if n >= len(tree))[1] if latency_by_width else 0.0
-    return expected_tokens(tree, rank_counts) / (seconds + (draft_seconds if len(tree) > 1 else 0.0))
-
-
-def tree_from_paths(paths: Iterable[Ranks]) -> Tree:
-    """A tree from rank tuples in any order; the root may be left out."""
-    return Tree(tuple(sorted({(), *map(tuple, paths)}, key=lambda p: (len(p), p))))

@@ -1,83 +1,90 @@
-"""The base model's side of a step: one pass over all candidates, each seeing its own path only.
+"""The base model's side of a step: one pass over all candidates, each seeing only its own path.
 
-Tree attention needs no change to the model: a 4-D mask lets every candidate see the text and its
-ancestors, and its position is that of the root plus its depth.
+Tree attention needs no change to the model: a 4-D mask lets every candidate see the text and its own ancestors, and a
+candidate's position is the root's plus its depth, so siblings share a position.
 """
 
+import re
+import weakref
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from transformers import DynamicCache
 
-from medusa_nb.base_model import attention_window, context_length
+from medusa_nb.base_model import context_length, dtype_name, logits_of
 from medusa_nb.drafting import Candidates, State
+from medusa_nb.errors import InputError
 from medusa_nb.kv_cache import SlotCache
+from medusa_nb.tree import Tree
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
-Accept = Callable[[torch.Tensor, torch.Tensor, Candidates], torch.Tensor]
 
 
-def same(logits: torch.Tensor, said: torch.Tensor, candidates: Candidates) -> torch.Tensor:
-    """The lossless rule: a guess is right where it is what the base model says at its parent. ``[B, N]`` bool."""
-    return candidates.tokens == said.gather(1, candidates.parents)
-
-
-def best(logits: torch.Tensor) -> torch.Tensor:
-    """Greedy choice: ``[..., V]`` -> ``[...]``."""
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token: ``[..., V] -> [...]``."""
     return logits.argmax(-1)
 
 
-def read_prompts(model, ids: torch.Tensor, last: torch.Tensor):
-    """One pass over prompts ``[B, T]``, padded on the right, where causal attention of real tokens never looks.
-
-    Returns:
-        States ``[B, D]`` and logits ``[B, V]`` at each one's ``last`` ``[B]`` token, and per layer the keys and
-        values ``[B, heads, T, head_dim]``.
-    """
-    cache = DynamicCache()
-    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-    hidden = hidden[torch.arange(len(ids), device=ids.device), last]
-    return hidden, model.get_output_embeddings()(hidden), [(layer.keys, layer.values) for layer in cache.layers]
-
-
 class Verifier:
-    """A model with a buffer for ``slots`` texts of at most ``capacity`` tokens, candidates included.
+    """A model and a key-value cache for ``slots`` sequences of at most ``capacity`` tokens, candidates included.
 
-    ``choose`` says what the base model says: logits ``[..., V]`` -> token ids ``[...]``; ``accept`` which guesses
-    are right; ``read`` reads prompts as :func:`read_prompts` does.
+    Args:
+        choose: which token the base model says: logits ``[..., V] -> [...]``.
+        check: off only for the check itself.
+
+    Raises:
+        InputError: the model is not one whose passes can be shared by several candidates, see :func:`check_model`.
     """
 
-    def __init__(self, model, slots: int, capacity: int, choose: Choose = best, accept: Accept = same):
-        self.backbone, self.lm_head = model.base_model, model.get_output_embeddings()
-        self.read = partial(read_prompts, model)
-        self.choose, self.accept = choose, accept
-        self.device, self.dtype = self.lm_head.weight.device, model.dtype
-        self.slots, self.capacity = torch.arange(slots, device=self.device), capacity
+    def __init__(self, model, slots: int, capacity: int, choose: Choose = greedy, check: bool = True):
+        if check:
+            check_model(model, capacity)
+        self.model, self.choose, self.capacity = model, choose, capacity
+        self.device, self.dtype = model.get_output_embeddings().weight.device, model.dtype
+        self.backbone, self.logits = model.base_model, logits_function(model)
         self.cache = SlotCache(slots, capacity)
         self.last_position = (context_length(model) or capacity) - 1
-        self.layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+        config = model.config.get_text_config()
+        self.layer_types = set(getattr(config, "layer_types", None) or [])
         self.window = attention_window(model)
+        self.one_by_one = bool(rope_switches(model))
 
     @torch.no_grad()
     def read_prompts(self, prompts: list[torch.Tensor], slots: list[int] | None = None) -> State:
-        """Read prompts (each ``[T]``) into ``slots`` (the first ones) in one pass; each says its first token."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(self.device)
-        hidden, logits, keys_values = self.read(ids, lengths - 1)
-        self.cache.fill(list(range(len(prompts))) if slots is None else slots, keys_values)
-        return State(self.choose(logits), hidden, lengths)
+        """Read prompts (each ``[T]``) into ``slots`` (default: the first ones) and choose the first token of each.
 
-    def check(
-        self, candidates: Candidates, lengths: torch.Tensor, span: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the base model says after each candidate ``[B, N]``, whether the candidate itself is right at its
-        place ``[B, N]``, and the states ``[B, N, D]``.
-
-        ``span``: columns that attention reads, at least the longest text and its candidates.
+        They are read in one pass, padded on the right, where causal attention never looks; one by one where the
+        model treats a text otherwise because of a longer neighbour.
         """
-        texts, count = candidates.tokens.shape
-        self.cache.write_at(self.slots[:texts], lengths, count, span)
+        slots = list(range(len(prompts))) if slots is None else slots
+        groups = [[i] for i in range(len(prompts))] if self.one_by_one else [list(range(len(prompts)))]
+        states = []
+        for group in groups:
+            lengths = torch.tensor([len(prompts[i]) for i in group], device=self.device)
+            ids = torch.nn.utils.rnn.pad_sequence([prompts[i] for i in group], batch_first=True).to(self.device)
+            hidden, keys_values = self.read(ids)
+            self.cache.fill([slots[i] for i in group], keys_values)
+            hidden = hidden[torch.arange(len(group), device=self.device), lengths - 1]
+            states.append((self.choose(self.logits(hidden.unsqueeze(1))[:, 0]), hidden, lengths))
+        return State(*map(torch.cat, zip(*states, strict=True)))
+
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """One causal pass over ``[B, T]``: states ``[B, T, D]``, and per layer keys and values ``[B, heads, T, d]``."""
+        cache = DynamicCache()
+        hidden = self.backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return hidden, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def verify(self, candidates: Candidates, lengths: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over all candidates: what the base model says after each ``[B, N]``, and the states ``[B, N, D]``.
+
+        ``span``: how many cache rows attention reads, at least the longest sequence and its candidates.
+        """
+        logits, hidden = self.look(candidates, lengths, span)
+        return self.choose(logits), hidden
+
+    def look(self, candidates: Candidates, lengths: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pass itself: logits ``[B, N, V]`` and states ``[B, N, D]``."""
+        self.cache.write_at(lengths, candidates.tokens.shape[1], span)
         hidden = self.backbone(
             input_ids=candidates.tokens,
             attention_mask=self.attention_mask(candidates, lengths, span),
@@ -85,13 +92,11 @@ class Verifier:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        logits = self.lm_head(hidden)
-        said = self.choose(logits)
-        return said, self.accept(logits, said, candidates), hidden
+        return self.logits(hidden), hidden
 
     def keep(self, path: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Make the accepted path ``[B, P]`` part of each text; all other candidates are forgotten."""
-        self.cache.keep(self.slots[: len(path)], lengths, path)
+        """Make the accepted path ``[B, P]`` part of each sequence; all other candidates are forgotten."""
+        self.cache.keep(lengths, path)
 
     def attention_mask(self, candidates: Candidates, lengths: torch.Tensor, span: int):
         """Additive 4-D mask ``[B, 1, N, span]``: 0 where a candidate may look, else the lowest number.
@@ -100,10 +105,10 @@ class Verifier:
         """
         count = candidates.tokens.shape[1]
         columns = torch.arange(span, device=self.device)
-        number = columns - lengths.unsqueeze(1)  # [B, span]: which candidate stands in a column; below 0: the text
+        number = columns - lengths.unsqueeze(1)  # [B, span]: which candidate a column holds; below 0: the text
         inside = number.clamp(0, count - 1)
-        above = candidates.ancestors.gather(2, inside.unsqueeze(1).expand(-1, count, -1))  # [B, N, span]
-        visible = (number < 0).unsqueeze(1) | (above & (number < count).unsqueeze(1))
+        on_path = candidates.mask.gather(2, inside.unsqueeze(1).expand(-1, count, -1))  # [B, N, span]
+        visible = (number < 0).unsqueeze(1) | (on_path & (number < count).unsqueeze(1))
         full = self._additive(visible)
         if self.window is None:
             return full
@@ -117,3 +122,232 @@ class Verifier:
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return torch.where(visible, zero, torch.finfo(self.dtype).min).unsqueeze(1)
+
+
+def longest_accepted_path(candidates: Candidates, said: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The longest path of draft tokens that the base model would have said itself.
+
+    A node is accepted if its token is what the base model says after its parent, and all its ancestors are accepted.
+
+    Args:
+        candidates: trees of B sequences.
+        said: ``[B, N]``, what the base model says after each node.
+        depth: how deep a tree can be.
+
+    Returns:
+        The path ``[B, depth + 1]`` as node numbers, the root first, and how many of them count ``[B]``.
+    """
+    right = candidates.tokens == said.gather(1, candidates.parents)
+    right = right | (candidates.depths == 0)  # the root is certain
+    accepted = (right.unsqueeze(1) | ~candidates.mask).all(2)  # [B, N]: right, and so are all its ancestors
+    deepest = torch.where(accepted, candidates.depths, -1)
+    end = deepest.argmax(1, keepdim=True)  # [B, 1]
+    row = candidates.mask.gather(1, end.unsqueeze(2).expand(-1, -1, right.shape[1]))  # [B, 1, N]: the path to the end
+    levels = torch.arange(depth + 1, device=right.device).view(1, -1, 1)
+    path = (row & (candidates.depths.unsqueeze(1) == levels)).int().argmax(2)
+    return path, deepest.gather(1, end)[:, 0] + 1
+
+
+def attention_window(model) -> int | None:
+    """How many positions back some of the model's layers look at most; None where all look at the whole text."""
+    config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or []) == {"full_attention"}:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def rope_switches(model) -> dict[int, str]:
+    """Lengths from which on the model turns positions into angles otherwise (long and dynamic rope), and the kind."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    switches = {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            stated = kind.get("original_max_position_embeddings")
+            stated = stated or getattr(config, "original_max_position_embeddings", None)
+            switches[stated or config.max_position_embeddings] = kind["rope_type"]
+    return switches
+
+
+def refuse_rope_switch(model, prompt: int, longest: int) -> None:
+    """Raise :class:`InputError` where a text would grow across a length at which the model's rope changes.
+
+    Keys in the cache would still be turned the old way, and candidates beyond the length would change the pass for
+    those before it.
+
+    Args:
+        prompt, longest: tokens of the prompt, and of the longest text that may be read.
+    """
+    for length, kind in rope_switches(model).items():
+        if longest > length and (prompt <= length or kind == "dynamic"):
+            raise InputError(
+                f"{name_of(model)} changes its rope ({kind}) at {length} tokens, and this text of {prompt} tokens could "
+                f"grow to {longest}; ask for fewer new tokens"
+            )
+
+
+def watched_lengths(config) -> set[int]:
+    """Numbers in a config that are likely lengths at which some layers look differently: windows, chunks, blocks."""
+    found = set()
+    for name, value in config.to_dict().items():
+        if isinstance(value, int) and not isinstance(value, bool) and re.search("window|chunk|block_size|local", name):
+            found.add(value)
+    return {value for value in found if value > 1}
+
+
+_CHECKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: how its logits are made, and lengths checked
+
+
+def logits_function(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How this model turns states ``[B, T, D]`` into logits; found, and compared with the model, once.
+
+    Raises:
+        InputError: no way gives what ``model(ids).logits`` gives.
+    """
+    if model not in _CHECKED:
+        refuse_unsuitable(model)
+        make = _working_logits(model)
+        _CHECKED[model] = make, make(model), set()
+    return _CHECKED[model][1]
+
+
+def logits_maker(model) -> Callable:
+    """The way that was found to work for this model: ``maker(model)`` is its logits function."""
+    logits_function(model)
+    return _CHECKED[model][0]
+
+
+def refuse_unsuitable(model) -> None:
+    """Raise :class:`InputError` for what is no decoder with a backbone and an output layer of its own."""
+    name = name_of(model)
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder model; Medusa heads need a decoder-only one")
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise InputError(f"{name} has no backbone and output layer of its own that heads could stand between")
+
+
+def name_of(model) -> str:
+    """A model's name for messages: where it was loaded from, and its class."""
+    source = model.config.name_or_path
+    return f"'{source}' ({type(model).__name__})" if source else type(model).__name__
+
+
+@torch.no_grad()
+def _working_logits(model) -> Callable:
+    ids = _some_tokens(model, 6)[None]
+    try:
+        wanted = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    except Exception as error:  # whatever a model trips over here, it would trip over later
+        raise InputError(f"{name_of(model)} does not read a plain text: {first_line(error)}") from error
+    _require_finite(model, wanted)
+    for make in (logits_of, type(model).get_output_embeddings):
+        try:
+            if _deviation(make(model)(hidden), wanted) <= _tolerance(model.dtype):
+                return make
+        except Exception:  # a forward of its own kind; the next way may do
+            continue
+    raise InputError(
+        f"{name_of(model)} turns its states into logits in a way that cannot be told from its parts; Medusa heads need "
+        "a model whose forward is a backbone and an output layer"
+    )
+
+
+@torch.no_grad()
+def check_model(model, capacity: int) -> None:
+    """Compare our pass over a small tree, in our cache, with the model reading each branch as plain text.
+
+    It catches models that ignore a mask or positions, keep another state than keys and values, or change their ways
+    at some length; texts of each such length that fits into ``capacity`` are tried. Runs once per model and length.
+
+    Raises:
+        InputError: the passes differ, are not finite, or the model does not take our mask and cache at all.
+    """
+    logits_function(model)
+    done = _CHECKED[model][2]
+    limit = min(capacity, context_length(model) or capacity) - 8
+    lengths = {min(8, max(1, limit))}
+    lengths |= {n + 4 for n in watched_lengths(model.config.get_text_config()) if n + 4 <= limit}
+    for length in sorted(lengths - done):
+        try:
+            gap = _tree_deviation(model, length)
+        except InputError:
+            raise
+        except Exception as error:  # the model's own code, given our mask and cache
+            raise InputError(f"{name_of(model)} cannot verify a tree of candidates: {first_line(error)}") from error
+        if not gap <= _tolerance(model.dtype):
+            raise InputError(
+                f"{name_of(model)} gives other logits for a candidate tree than for plain text of {length} tokens (they "
+                f"differ by {gap:.1%}): it ignores the tree mask or positions, or keeps a state that rejected tokens "
+                "cannot be removed from; choose a model whose layers all use attention with a mask"
+            )
+        done.add(length)
+
+
+def _tree_deviation(model, length: int) -> float:
+    """Largest difference between logits of a small tree, in two slots, and those of its branches as plain texts."""
+    verifier = Verifier(model, slots=2, capacity=length + 8, check=False)
+    tree = Tree.from_paths([(0,), (1,), (0, 0), (1, 0)])
+    branches = torch.tensor([[0, 1, 3], [0, 2, 4]], device=verifier.device)
+    ids = _some_tokens(model, length + 7)
+    prompts, tokens, last = [ids[:length], ids[: length // 2 + 1]], ids[length : length + 5], ids[-1:]
+    state = verifier.read_prompts(prompts)
+    parents = torch.tensor([max(0, parent) for parent in tree.parents], device=verifier.device)
+    parts = (tokens, parents, tree.depths().to(ids.device), tree.mask().to(ids.device), torch.zeros_like(tokens) > 0)
+    candidates = Candidates(*(part.expand(2, *part.shape) for part in parts))
+    logits, _ = verifier.look(candidates, state.lengths, length + 5)
+    verifier.keep(branches[1].expand(2, -1), state.lengths)
+    alone = Candidates(
+        *(part[:1].expand(2, 1) for part in (last, *parts[1:3])), parts[4][:1].expand(2, 1, 1) | True, None
+    )
+    after, _ = verifier.look(alone, state.lengths + 3, length + 4)
+    gaps = []
+    for i, prompt in enumerate(prompts):
+        for branch in branches:
+            wanted = model(input_ids=torch.cat([prompt, tokens[branch]])[None], use_cache=False).logits[0, -3:]
+            gaps.append(_deviation(logits[i, branch], wanted))
+        text = torch.cat([prompt, tokens[branches[1]], last])
+        gaps.append(_deviation(after[i, 0], model(input_ids=text[None], use_cache=False).logits[0, -1]))
+    _require_finite(model, wanted)
+    return max(gaps, key=lambda gap: gap if gap == gap else float("inf"))
+
+
+def require_same_logits(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raise :class:`RuntimeError` if a compiled pass gives other logits than the eager one."""
+    gap = _deviation(found, wanted)
+    if not gap <= 2 * _tolerance(wanted.dtype):
+        raise RuntimeError(f"compiled code gives other logits (they differ by {gap:.1%})")
+
+
+def _some_tokens(model, count: int) -> torch.Tensor:
+    """The same arbitrary token ids every time: ``[count]``."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.get_output_embeddings().weight.device)
+
+
+def _deviation(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    known = torch.isfinite(wanted)  # some models never say some tokens
+    return ((got - wanted)[known].abs().max() / wanted[known].abs().max().clamp(min=1e-9)).item()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """The share by which logits may differ because sums are rounded in another order."""
+    return {torch.float32: 1e-4, torch.float16: 0.01}.get(dtype, 0.05)
+
+
+def _require_finite(model, logits: torch.Tensor) -> None:
+    if torch.isnan(logits).any() or not torch.isfinite(logits).any():
+        raise InputError(f"the logits of {name_of(model)} are {not_finite(model.dtype)}")
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """Words for numbers that overflow, and what to do."""
+    other = "use bfloat16 or float32" if dtype == torch.float16 else "the weights may be damaged; load them again"
+    return f"not finite in {dtype_name(dtype)}; {other}"
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]

@@ -1,0 +1,111 @@
+"""What ships in ``data/``, made by one command (``make shipped``): answers to all prompts, heads, the curve over data."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from medusa_nb.base_model import dtype_name, eos_token_ids, load_base_model
+from medusa_nb.chat import prompt_ids
+from medusa_nb.decoding import Decoder
+from medusa_nb.distillation.in_process import DistillationSettings, distil
+from medusa_nb.distillation.prompts import load_prompts
+from medusa_nb.distillation.records import load_answers
+from medusa_nb.heads_file import CONFIG, WEIGHTS, load_heads
+from medusa_nb.measurement.machine import machine
+from medusa_nb.measurement.timing import Timing, tokens_interval
+from medusa_nb.storage import build_folder, require_repository, write_json
+from medusa_nb.training.calibration import FILE, Calibration
+from medusa_nb.training.options import HeadTraining
+from medusa_nb.training.train import train
+
+KINDS = dict(plain="medusa", full="path")
+SHARES = (1 / 16, 1 / 4, 1)  # of the training answers, for the curve
+EPOCHS = 3
+
+
+def make() -> dict:
+    """Answer all prompts, train both kinds of heads on all of the answers and on parts, and measure them."""
+    root, work = require_repository("making what ships"), build_folder() / "shipped"
+    model, tokenizer = load_base_model()
+    report = dict(machine=machine(), dtype=dtype_name(model.dtype), answers={}, heads={})
+    for source in ("stdlib", "everyday"):
+        distil(
+            model,
+            tokenizer,
+            load_prompts(source),
+            work / f"{source}.jsonl",
+            DistillationSettings(),
+            states=work / "states",
+        )
+        rows = load_answers(work / f"{source}.jsonl")
+        report["answers"][source] = describe(rows)
+        target = root / "data" / "answers" / f"{source}.jsonl.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (work / f"{source}.jsonl").open("rb") as plain, gzip.GzipFile(target, "wb", 9, mtime=0) as packed:
+            shutil.copyfileobj(plain, packed)
+    for name, kind in KINDS.items():
+        report["heads"][name] = {}
+        for share in SHARES:
+            folder = work / f"{name}_{round(1 / share)}"
+            trained = train_share(model, tokenizer, work, folder, kind, share)
+            figures = dict(
+                conversations=trained["conversations"], positions=trained["positions"], accuracy=trained["accuracy"]
+            )
+            report["heads"][name][f"{share:g}"] = figures | measure(model, tokenizer, folder, work / "stdlib.jsonl")
+        target = root / "data" / "heads" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in (CONFIG, WEIGHTS, FILE):
+            shutil.copy(folder / file, target / file)
+    write_json(root / "data" / "shipped.json", report)
+    return report
+
+
+def describe(rows: list[dict]) -> dict:
+    """Counts, median length, and the shares that loop and that the limit cut."""
+    lengths = sorted(row["completion_tokens"] for row in rows)
+    splits = {split: sum(row["split"] == split for row in rows) for split in ("train", "calibration", "test")}
+    loops, cut = sum(row["loop"] for row in rows), sum(row["finish_reason"] == "length" for row in rows)
+    shares = dict(loops=round(loops / len(rows), 4), cut=round(cut / len(rows), 4))
+    return splits | dict(tokens=sum(lengths), median_tokens=lengths[len(lengths) // 2]) | shares
+
+
+def train_share(model, tokenizer, work: Path, folder: Path, kind: str, share: float) -> dict:
+    """Train heads on a share of the training answers, every so-manieth one."""
+    rows = load_answers(work / "stdlib.jsonl")
+    train_rows = [row for row in rows if row["split"] == "train"][:: round(1 / share)]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "answers.jsonl.gz"
+    with gzip.open(data, "wt", encoding="utf-8") as handle:
+        for row in train_rows + [row for row in rows if row["split"] == "calibration"]:
+            handle.write(json.dumps(row) + "\n")
+    options = HeadTraining(output_dir=str(folder), data_path=str(data), kind=kind, num_train_epochs=EPOCHS,
+                           kept_states=str(work / "states"), use_cpu=model.device.type == "cpu")  # fmt: skip
+    return train(options, model, tokenizer)
+
+
+def measure(
+    model, tokenizer, folder: Path, answers: Path, prompts: int = 100, size: int = 16, tokens: int = 160
+) -> dict:
+    """Tokens per pass on held-out prompts, without the answers that loop."""
+    heads, known = load_heads(folder, model), Calibration.load(folder)
+    rows = load_answers(answers, "test")[:prompts]
+    ids = [torch.tensor(prompt_ids(tokenizer, row["messages"][:1])) for row in rows]
+    plain = hasattr(heads, "limited_to")
+    tree = dict(heads=heads, tree=known.tree(size)) if plain else dict(draft=known.growing_tree(heads, size))
+    decoder = Decoder(model, max_length=max(map(len, ids)) + tokens, **tree)
+    decoder.compile()
+    eos = eos_token_ids(model, tokenizer)
+    timing = Timing("", generations=[decoder.generate([x], tokens, eos)[0] for x in ids]).without_loops()
+    interval = [round(x, 3) for x in tokens_interval(timing)]
+    return dict(
+        tokens_per_pass=round(timing.tokens_per_pass(), 3),
+        tokens_per_pass_interval=interval,
+        prompts=len(timing.counted),
+    )
+
+
+if __name__ == "__main__":
+    make()

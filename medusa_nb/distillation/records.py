@@ -1,0 +1,135 @@
+"""Answered conversations on disk: a JSONL file that grows line by line, and its faults beside it.
+
+Each line is ``{"id", "split", "messages", "finish_reason", "prompt_tokens", "completion_tokens", "loop"}``. Whatever
+could not be answered goes by id and reason to ``<file>.dropped``. A run that was killed goes on by id.
+"""
+
+import gzip
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from medusa_nb.errors import InputError
+from medusa_nb.progress import progress
+from medusa_nb.storage import append_line, claim, read_lines, sync
+
+SYNC_SECONDS = 2.0  # a killed process loses nothing it has written, a power cut at most this much
+NEEDED = ("id", "split", "messages", "finish_reason", "completion_tokens", "loop")
+
+
+class AnswerFile:
+    """A file of answers that is being written; a context manager that keeps the report.
+
+    Args:
+        file: continued if it exists.
+        settings: what the answers are made with; a file made with something else is refused.
+        total: how many conversations there are.
+        dropped: how many were left out before, by reason.
+    """
+
+    def __init__(self, file: str | Path, settings: dict, total: int, dropped: Counter | None = None):
+        if total < 1:
+            raise InputError("there is no prompt to answer; the data set is empty")
+        self.file = Path(file)
+        if self.file.is_dir():
+            raise InputError(f"'{self.file}' is a folder; name a JSONL file for the answers")
+        self.faults_file = self.file.with_name(self.file.name + ".dropped")
+        claim(self.file, settings)
+        self.answered = {row["id"] for row in read_lines(self.file, repair=True)}
+        self.faults = {row["id"]: row["reason"] for row in read_lines(self.faults_file, repair=True)}
+        self.total, self.left_out = total, Counter(dropped or {})
+        self.report = dict(answered=0, resumed=len(self.answered), tokens=0, seconds=0.0)
+
+    def __enter__(self) -> "AnswerFile":
+        done = len(self.answered) + len(self.faults)
+        self.bar = progress(max(self.total, done), "conversation", "answering", initial=done)
+        self.started = self.synced = time.perf_counter()
+        self.handles = [file.open("a", encoding="utf-8") for file in (self.file, self.faults_file)]
+        return self
+
+    def __exit__(self, *_) -> None:
+        sync(self.handles)
+        for handle in self.handles:
+            handle.close()
+        self.bar.close()
+        tokens, seconds = self.report["tokens"], self.report["seconds"]
+        self.report["dropped"] = dict(self.left_out + Counter(self.faults.values()))
+        self.report["tokens_per_second"] = tokens / seconds if tokens else 0.0
+
+    def add(self, record: dict) -> None:
+        """Write an answered conversation."""
+        append_line(self.handles[0], record)
+        self.report["answered"] += 1
+        self.report["tokens"] += record["completion_tokens"]
+        self._tick()
+
+    def drop(self, identity: str, reason: str) -> None:
+        """Note that a conversation cannot be answered, now or later."""
+        append_line(self.handles[1], dict(id=identity, reason=reason))
+        self.faults[identity] = reason
+        self._tick()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.report["seconds"] = now - self.started
+        if now - self.synced > SYNC_SECONDS:
+            sync(self.handles)
+            self.synced = now
+        self.bar.update()
+        self.bar.set_postfix_str(f"{self.report['tokens'] / self.report['seconds']:,.0f} tokens/s", refresh=False)
+
+
+def load_answers(file: str | Path, split: str | None = None, loops: bool = True) -> list[dict]:
+    """The answered conversations of a file (JSONL, or JSONL in gzip).
+
+    Args:
+        split: only those of this split.
+        loops: whether answers that run into a repetition loop are among them.
+
+    Raises:
+        InputError: no such file, a line that is no answered conversation, or nothing to return.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f"there is no file '{file}' of answers; 02_self_distillation and `distill` make one")
+    rows = _read_gzip(file) if file.suffix == ".gz" else read_lines(file)
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in NEEDED if name not in row]:
+            what = "a prompt, not an answer" if {"messages", "conversations"} & row.keys() else "no answer"
+            raise InputError(
+                f"{file}, record {number} is {what} (it lacks {', '.join(missing)}); let the model answer first: "
+                f"`medusa-nb distill answers.jsonl --prompts {file.name}`"
+            )
+    rows = [row for row in rows if split in (None, row["split"]) and (loops or not row["loop"])]
+    if not rows:
+        raise InputError(f"'{file}' holds no answered conversation{f' of the split {split!r}' if split else ''}")
+    return rows
+
+
+def _read_gzip(file: Path) -> list[dict]:
+    with gzip.open(file, "rt", encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
+
+
+def is_loop(tokens: list[int]) -> bool:
+    """Whether an answer runs into a repetition loop, see :func:`loop_period`."""
+    return loop_period(tokens) is not None
+
+
+def loop_period(tokens: list[int]) -> int | None:
+    """The length of a block that an answer repeats, None if it runs into no loop.
+
+    A loop is a block of at most 64 tokens that occurs at least three times in a row somewhere, where the repetitions
+    after the first cover at least 30 tokens.
+    """
+    ids = torch.tensor(tokens)
+    for period in range(1, min(64, len(tokens) // 2) + 1):
+        same = (ids[period:] == ids[:-period]).int()
+        count = torch.cumsum(same, 0)
+        run = count - torch.where(same == 0, count, 0).cummax(0).values  # length of the run that ends at each place
+        if run.max() >= max(30, 2 * period):
+            return period
+    return None

@@ -1,0 +1,45 @@
+"""Hidden states kept while the model answers, so that training need not read every conversation a second time."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medusa_nb.storage import append_line, read_lines
+
+
+class KeptStates:
+    """States ``[n, D]`` of answers by the conversation's id: those that each of its n tokens was predicted from.
+
+    ``states.bf16`` holds them one after the other, ``states.jsonl`` says whose they are: id, token ids, first row.
+    What a killed process left half-written is cut off.
+    """
+
+    def __init__(self, folder: str | Path, hidden_size: int):
+        self.folder, self.width = Path(folder), hidden_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.index_file, self.file = self.folder / "states.jsonl", self.folder / "states.bf16"
+        self.index = {row["id"]: row for row in read_lines(self.index_file, repair=True)}
+        self.rows = max((row["start"] + len(row["ids"]) for row in self.index.values()), default=0)
+        self.file.touch()
+        with self.file.open("r+b") as handle:
+            handle.truncate(self.rows * hidden_size * 2)
+
+    def add(self, identity: str, ids: list[int], states: list[torch.Tensor]) -> None:
+        """Keep the states ``[D]`` of one answer, as many as it has tokens."""
+        rows = torch.stack(states).to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+        with self.file.open("ab") as handle:
+            handle.write(rows.tobytes())
+        record = dict(id=identity, ids=ids, start=self.rows)
+        with self.index_file.open("a", encoding="utf-8") as handle:
+            append_line(handle, record)
+        self.index[identity], self.rows = record, self.rows + len(ids)
+
+    def get(self, identity: str, ids: list[int]) -> torch.Tensor | None:
+        """The states ``[n, D]`` of an answer of exactly these token ids, None if they are not here."""
+        row = self.index.get(identity)
+        if row is None or row["ids"] != ids:
+            return None
+        shape = (self.rows, self.width)
+        rows = np.memmap(self.file, np.int16, "r", shape=shape)[row["start"] : row["start"] + len(ids)]
+        return torch.from_numpy(np.array(rows)).view(torch.bfloat16)

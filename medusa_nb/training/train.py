@@ -1,0 +1,283 @@
+"""Head training from answers to calibrated heads on disk, in one place.
+
+Notebook, command, ``torchrun`` and (in parts) axolotl come here. ``transformers.Trainer`` does the work, so
+data-parallel training, DeepSpeed ZeRO and FSDP come from there.
+"""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from medusa_nb.base_model import load_base_model
+from medusa_nb.chat import require_chat_template
+from medusa_nb.distillation.records import load_answers
+from medusa_nb.errors import InputError
+from medusa_nb.heads import Heads, MedusaHeads
+from medusa_nb.heads_file import save_heads
+from medusa_nb.path_heads import PathHeads
+from medusa_nb.progress import is_headless
+from medusa_nb.storage import append_line, claim, free_disk
+from medusa_nb.training.calibration import calibrate, draft_vocabulary
+from medusa_nb.training.features import Features, cache_features, encode_answer, head_labels, likeliest, soft_labels
+from medusa_nb.training.loss import HeadsWithLoss, accuracy, label_ranks, rank_table
+from medusa_nb.training.options import QUANTISED, HeadTraining, require_writable
+
+
+def train(options: HeadTraining, model=None, tokenizer=None, callbacks: list[TrainerCallback] | None = None) -> dict:
+    """Train heads as ``options`` say, judge them on the answers of the split ``calibration``, and save all of it.
+
+    ``output_dir`` then holds the heads, ``calibration.json``, ``log.jsonl`` and ``report.json``. Interrupted and
+    started again with the same options it goes on from the last checkpoint.
+
+    Args:
+        model, tokenizer: loaded as ``options`` say if they are not given.
+
+    Returns:
+        ``heads``, and a report: ``accuracy`` of each head on held-out answers, ``log``, ``positions``,
+        ``conversations``, how many of them were ``cut``, ``seconds``.
+    """
+    out = Path(options.output_dir)
+    require_writable(out)
+    rows = load_answers(options.data_path, loops=False)
+    train_rows, held_out = ([row for row in rows if row["split"] == s] for s in ("train", "calibration"))
+    if not train_rows or not held_out:
+        raise InputError(
+            f"'{options.data_path}' has {len(train_rows)} train and {len(held_out)} calibration answers that do not "
+            "loop; both are needed"
+        )
+    if model is None:
+        model, tokenizer = load_model(options)
+    require_chat_template(tokenizer)
+    heads = new_heads(options, model, tokenizer, train_rows)
+    cached = choose_cached(options, model, train_rows)
+    length, count = options.model_max_length, heads.num_heads
+    with options.main_process_first(desc="hidden states"):
+        folder, kept = out / "features", options.kept_states
+        judge = cache_features(model, tokenizer, held_out, folder / "calibration", count, length, kept)
+        data = (
+            cache_features(model, tokenizer, train_rows, folder / "train", count, length, kept)
+            if cached
+            else Conversations(tokenizer, train_rows, count, length)
+        )
+    cut = data.about["cut"], data.about["without_answer"]
+    if options.process_index == 0 and any(cut):
+        print(f"{cut[0]} conversations are longer than {length} tokens and were cut; {cut[1]} have no answer left")
+    log = fit(heads, data, options, model, tokenizer, train_rows, callbacks)
+    report = dict(log=log[-3:], positions=data.about["positions"], conversations=len(train_rows), cut=cut[0])
+    if options.process_index == 0:
+        save_heads(heads, out)
+        ranks = rank_table(heads, judge)
+        report["accuracy"] = accuracy(ranks)
+        calibrate(heads, ranks, tokenizer, held_out, train_rows).save(out)
+        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report | dict(heads=heads)
+
+
+def load_model(options: HeadTraining):
+    """The frozen base model on this process's device, quantised if asked, and its tokenizer."""
+    name, device = options.model_name_or_path, options.device
+    if options.load_in not in QUANTISED:
+        return load_base_model(name, device, options.load_in, options.trust_remote_code)
+    how = BitsAndBytesConfig(load_in_8bit=options.load_in == "8bit", load_in_4bit=options.load_in == "4bit")
+    return load_base_model(
+        name, device, None, options.trust_remote_code, quantization_config=how, device_map={"": device}
+    )
+
+
+def new_heads(options: HeadTraining, model, tokenizer, rows: list[dict]) -> Heads:
+    """Untrained heads of the kind that ``options`` name."""
+    if options.kind == "path":
+        vocabulary = draft_vocabulary(tokenizer, rows, options.draft_vocabulary) if options.draft_vocabulary else None
+        return PathHeads(model, options.medusa_num_heads, vocabulary)
+    return MedusaHeads(model, options.medusa_num_heads, options.medusa_num_layers, options.own_projection)
+
+
+def choose_cached(options: HeadTraining, model, rows: list[dict]) -> bool:
+    """Whether states are cached on disk: as asked, or if at most half of the free space is needed."""
+    positions = sum(row["completion_tokens"] for row in rows)
+    gigabytes = positions * model.get_output_embeddings().weight.shape[1] * 2 / 1e9
+    cached = options.states == "cached"
+    if options.states == "auto":
+        cached = gigabytes * 1e9 < free_disk(options.output_dir) / 2
+    if options.process_index == 0 and not is_headless():
+        how = "cached" if cached else "computed at every step"
+        print(f"{len(rows):,} conversations, about {positions:,} positions; hidden states {gigabytes:.2f} GB, {how}")
+    return cached
+
+
+def fit(
+    heads: Heads,
+    data: Dataset,
+    options: HeadTraining,
+    model,
+    tokenizer=None,
+    rows: list[dict] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict]:
+    """Train ``heads`` in place on :class:`Features` or :class:`Conversations`; returns the log.
+
+    Checkpoints lie in ``output_dir/checkpoints`` until it is done.
+
+    Raises:
+        InputError: the features do not fit the heads, or the checkpoints belong to other work.
+    """
+    out, cached = Path(options.output_dir), isinstance(data, Features)
+    checkpoints = out / "checkpoints"
+    if options.process_index == 0:
+        claim(checkpoints, fingerprint_of_work(heads, data, options))
+    trained = heads
+    if isinstance(heads, MedusaHeads) and heads.projection is None and options.loss_vocabulary and rows:
+        # compared with the most frequent tokens only (a sampled softmax), which is several times as fast
+        trained = heads.limited_to(draft_vocabulary(tokenizer, rows, options.loss_vocabulary))
+    with in_float32(heads, trained):
+        inner = HeadsWithLoss(trained, options.depth_decay, options.soft_share, model.dtype)
+        options.output_dir = str(checkpoints)
+        try:
+            trainer = HeadsTrainer(
+                inner if cached else OnlineHeads(model, inner),
+                options,
+                train_dataset=data,
+                data_collator=_as_it_is if cached else collate,
+                callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *(callbacks or [])],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if is_headless():
+                trainer.remove_callback(ProgressCallback)
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+            whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO or FSDP has split
+        finally:
+            options.output_dir = str(out)
+        if trainer.is_world_process_zero():
+            prefix = "heads." if cached else "inner.heads."
+            state = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+            if any(tensor.numel() == 0 for tensor in state.values()):
+                raise InputError("the trained heads came back as empty shards; nothing was saved over earlier heads")
+            trained.load_state_dict(state)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.with_name("checkpoints.settings").unlink(missing_ok=True)
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+def fingerprint_of_work(heads: Heads, data, options: HeadTraining) -> dict:
+    """What a checkpoint depends on: options, heads and data."""
+    names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed")
+    names += ("depth_decay", "soft_share", "loss_vocabulary", "lr_scheduler_type", "gradient_accumulation_steps")
+    work = {name: getattr(options, name) for name in names} | heads.config()
+    work |= dict(positions=len(data), draft=None if heads.vocabulary is None else heads.vocabulary.sum().item())
+    return json.loads(json.dumps(work, default=str))
+
+
+@contextmanager
+def in_float32(*all_heads: Heads):
+    """Train in fp32 whatever the base model's dtype; afterwards the heads have it again."""
+    dtype = all_heads[0].dtype
+    for heads in all_heads:
+        heads.float().requires_grad_(True).train()
+    try:
+        yield
+    finally:
+        for heads in all_heads:
+            heads.to(dtype).requires_grad_(False).eval()
+
+
+class HeadsTrainer(Trainer):
+    """Logs loss, top-1 and top-5 of every head beside the total loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        if model.training and self.state.global_step % self.args.logging_steps == 0:
+            ranks = label_ranks(outputs["logits"][:, :128], outputs["places"][:128])
+            self.head_log = {}
+            for k, scores in enumerate(accuracy(ranks)):
+                self.head_log[f"head{k}_loss"] = round(outputs["head_loss"][k].item(), 4)
+                self.head_log |= {f"head{k}_{n}": round(scores[n], 4) for n in ("top1", "top5")}
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | getattr(self, "head_log", {}) if "loss" in logs else logs, *args, **kwargs)
+
+
+class NoLastCheckpoint(TrainerCallback):
+    """Spare the checkpoint of the very last step: the finished heads are saved instead."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
+class JsonLines(TrainerCallback):
+    """Every log record as a line of ``log.jsonl``."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with self.file.open("a", encoding="utf-8") as handle:
+                append_line(handle, {"step": state.global_step} | logs)
+
+
+class Conversations(Dataset):
+    """Token ids and labels of whole conversations, for training that runs the base model at every step."""
+
+    def __init__(self, tokenizer, rows: list[dict], num_heads: int, max_length: int):
+        self.items, cut = [], 0
+        for row in rows:
+            encoded = encode_answer(tokenizer, row)
+            cut += len(encoded.ids) > max_length
+            ids = encoded.ids[:max_length]
+            positions, labels = head_labels(ids, encoded.own[:max_length], num_heads)
+            if positions:
+                self.items.append((ids, positions, labels))
+        if not self.items:
+            raise InputError("no token of these conversations is the model's own; are there assistant turns?")
+        positions = sum(len(positions) for _, positions, _ in self.items)
+        self.about = dict(positions=positions, cut=cut, without_answer=len(rows) - len(self.items))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int):
+        return self.items[i]
+
+
+def collate(items: list) -> dict[str, torch.Tensor]:
+    """Right-padded ``input_ids [B, T]``, and for all P supervised positions ``place [P]`` in ``B * T`` and labels."""
+    width = max(len(ids) for ids, _, _ in items)
+    input_ids = torch.zeros(len(items), width, dtype=torch.long)
+    for line, (ids, _, _) in enumerate(items):
+        input_ids[line, : len(ids)] = torch.tensor(ids)
+    place = torch.tensor([line * width + t for line, (_, positions, _) in enumerate(items) for t in positions])
+    return dict(input_ids=input_ids, place=place, labels=torch.tensor([row for _, _, rows in items for row in rows]))
+
+
+def _as_it_is(batch):
+    """:class:`Features` already returns whole batches."""
+    return batch
+
+
+class OnlineHeads(nn.Module):
+    """Heads behind the frozen base model, which runs without gradient at every step."""
+
+    def __init__(self, base, heads_with_loss: HeadsWithLoss):
+        super().__init__()
+        self.base = (base,)  # in a tuple: neither trained, nor saved, nor wrapped
+        self.inner = heads_with_loss
+
+    def forward(self, input_ids, place, labels):
+        with torch.no_grad():
+            hidden = self.base[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1)[place]
+            soft = {}
+            if self.inner.soft_share:
+                said = likeliest(self.base[0], hidden)
+                soft = soft_labels(torch.arange(len(hidden), device=hidden.device), labels.shape[1] - 1, *said)
+        return self.inner(hidden.to(torch.bfloat16), labels, **soft)

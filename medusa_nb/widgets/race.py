@@ -1,0 +1,207 @@
+"""The race: decoders write the same answer, live, each on its own clock; then a replay at any speed."""
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import display
+from PIL import Image
+
+from medusa_nb.decoding import Decoder, cut_at_end
+from medusa_nb.errors import InputError
+from medusa_nb.widgets import figures
+from medusa_nb.widgets.live import render, watched
+from medusa_nb.widgets.style import BASE, MUTED, OURS, drafted_by, in_order, show
+
+FRAME = 0.05  # seconds between two pictures of a running race
+
+
+@dataclass
+class Lane:
+    """One runner of a race: its text so far, who drafted each token, and its own clock."""
+
+    name: str
+    pieces: list[str] = field(default_factory=list)
+    drafted_by: list[int | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds on its own clock at each token
+    passes: list[float] = field(default_factory=list)  # the same at the end of each pass
+    seconds: float = 0.0
+
+    def until(self, clock: float | None) -> tuple[list[tuple[str, int | None]], str]:
+        """Tokens and drafters up to a time on its clock, and the facts about them."""
+        clock = self.seconds if clock is None else min(self.seconds, clock)
+        shown, passes = (sum(t <= clock for t in moments) for moments in (self.times, self.passes))
+        facts = [f"{clock:.1f} s", f"{shown} tokens"]
+        if passes > 1:  # the prompt's pass and its one token do not count
+            facts.append(f"{(shown - 1) / (passes - 1):.2f} per pass")
+        return list(zip(self.pieces[:shown], self.drafted_by[:shown], strict=True)), " · ".join(facts)
+
+
+Lanes = dict[str, Lane]
+
+
+def picture(lanes: Lanes, clock: float | None = None) -> str:
+    """All lanes side by side, as HTML."""
+    shown = []
+    for lane in lanes.values():
+        cells, facts = lane.until(clock)
+        shown.append(dict(name=lane.name, cells=cells, facts=facts))
+    groups = in_order(group for lane in lanes.values() for group in lane.drafted_by)
+    return render("lanes", lanes=shown, legend=[(group, drafted_by(group)) for group in groups])
+
+
+def run_race(
+    decoders: dict[str, Decoder],
+    tokenizer,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    eos: list[int],
+    watch: Callable[[Lanes], None] = lambda lanes: None,
+) -> Lanes:
+    """Let decoders answer the same prompt ``[T]``; ``watch`` sees the lanes about twenty times a second.
+
+    One machine cannot run both at once without one slowing the other. So whoever has used less time goes next: what
+    you see at any moment is what each would have written by then.
+    """
+    for decoder in decoders.values():  # warm up
+        list(decoder.decode(decoder.slots_for([prompt], 4)))
+    lanes = {name: Lane(name) for name in decoders}
+    slots = {name: decoder.slots_for([prompt], max_new_tokens) for name, decoder in decoders.items()}
+    runs = {name: decoder.decode(slots[name]) for name, decoder in decoders.items()}
+    shown_at = time.perf_counter()
+    while runs:
+        name = min(runs, key=lambda n: lanes[n].seconds)
+        lane, started = lanes[name], time.perf_counter()
+        step = next(runs[name], [None])[0]
+        if step is None:
+            del runs[name]
+            continue
+        lane.seconds += time.perf_counter() - started
+        emitted, ended = cut_at_end(step.emitted, set(eos))
+        lane.pieces += [tokenizer.decode([token]) for token in emitted]
+        lane.drafted_by += step.drafted_by[: len(emitted)]
+        lane.times += [lane.seconds] * len(emitted)
+        lane.passes.append(lane.seconds)
+        if ended:
+            slots[name][0].open = False
+        if time.perf_counter() - shown_at > FRAME:
+            watch(lanes)
+            shown_at = time.perf_counter()
+    return lanes
+
+
+def race(
+    decoders: dict[str, Decoder],
+    tokenizer,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    eos: list[int],
+    ask: Callable[[str], torch.Tensor] | None = None,
+    text: str = "",
+) -> Lanes:
+    """Race on the prompt ``[T]``, live where somebody watches, and offer a replay.
+
+    Args:
+        ask: turns a text into a prompt ``[T]``: then readers may race again on a prompt of their own.
+        text: what their field holds at first.
+    """
+    if not watched():
+        lanes = run_race(decoders, tokenizer, prompt, max_new_tokens, eos)
+        last = list(lanes.values())[-1]
+        figures.tokens(last.pieces, last.drafted_by)
+        plot(lanes)
+        return lanes
+    import ipywidgets
+
+    view = ipywidgets.HTML()
+    display(view)
+
+    def watch(lanes: Lanes) -> None:
+        view.value = picture(lanes)
+
+    lanes = run_race(decoders, tokenizer, prompt, max_new_tokens, eos, watch)
+    controls = [replay(lanes, view)]
+    if ask is not None:
+        prompt_field = ipywidgets.Textarea(value=text, rows=4, layout={"width": "34em"}, description="a prompt")
+        again = ipywidgets.Button(description="race again", icon="flag-checkered")
+
+        def rerun(button) -> None:
+            again.disabled = True
+            try:
+                fresh = run_race(decoders, tokenizer, ask(prompt_field.value), max_new_tokens, eos, watch)
+                box.children = [replay(fresh, view), *box.children[1:]]
+            except InputError as error:
+                view.value = render("conversation", facts="", messages=[dict(role="not possible", content=str(error))])
+            finally:
+                again.disabled = False
+
+        again.on_click(rerun)
+        controls.append(ipywidgets.HBox([prompt_field, again]))
+    box = ipywidgets.VBox(controls)
+    display(box)
+    return lanes
+
+
+def replay(lanes: Lanes, view):
+    """A slider over the race's time that moves ``view``, with a play button and a choice of speed."""
+    import ipywidgets
+
+    end = max(lane.seconds for lane in lanes.values())
+    play = ipywidgets.Play(value=100, min=0, max=100, interval=100, description="replay")
+    slider = ipywidgets.IntSlider(min=0, max=100, value=100, description="time, %")
+    speed = ipywidgets.Dropdown(options=[("slow", 300), ("normal", 100), ("fast", 30)], value=100, description="speed")
+
+    def move(change) -> None:
+        view.value = picture(lanes, None if change["new"] == 100 else end * change["new"] / 100)
+
+    move({"new": 100})
+    slider.observe(move, names="value")
+    ipywidgets.jslink((play, "value"), (slider, "value"))
+    speed.observe(lambda change: setattr(play, "interval", change["new"]), names="value")
+    return ipywidgets.HBox([play, slider, speed])
+
+
+def plot(lanes: Lanes) -> None:
+    """Tokens over time for every lane, the prompt's pass marked."""
+    figure, axes = plt.subplots()
+    for i, lane in enumerate(lanes.values()):
+        color = OURS if i else MUTED
+        axes.step([0, *lane.times], range(len(lane.times) + 1), where="post", color=color)
+        axes.annotate(
+            f" {lane.name}: {lane.seconds:.1f} s", (lane.times[-1], len(lane.times)), color=color, va="center"
+        )
+        axes.plot(lane.passes[0], 1, "o", ms=4, color=color)
+    axes.annotate(
+        "prompt read", (lane.passes[0], 1), xytext=(12, 2), textcoords="offset points", fontsize=8, color=BASE
+    )
+    axes.set(xlabel="seconds on its own clock", ylabel="tokens", ylim=(0, None))
+    axes.set_xlim(0, max(lane.seconds for lane in lanes.values()) * 1.45)
+    show(figure, "; ".join(f"{n}: {len(lane.pieces)} tokens in {lane.seconds:.1f} s" for n, lane in lanes.items()))
+
+
+def animation(lanes: Lanes, file: Path, frames: int = 60, width: int = 46) -> None:
+    """Write the race as an animated GIF that plays in real time: all lanes one below the other."""
+    end, pictures = max(lane.seconds for lane in lanes.values()), []
+    height = max(figures.lines_of(lane.pieces, width) for lane in lanes.values())
+    for frame in range(frames + 1):
+        images = []
+        for lane in lanes.values():
+            cells, facts = lane.until(end * frame / frames)
+            pieces, groups = (list(part) for part in zip(*cells, strict=True)) if cells else ([""], [None])
+            figure = figures.draw_tokens(pieces, groups, title=f"{lane.name}: {facts}", width=width, lines=height)
+            data = io.BytesIO()
+            figure.savefig(data, format="png", dpi=110, bbox_inches=None)
+            plt.close(figure)
+            images.append(Image.open(data).convert("RGB"))
+        whole = Image.new("RGB", (sum(i.width for i in images) + 16 * (len(images) - 1), images[0].height), "#ffffff")
+        left = 0
+        for image in images:
+            whole.paste(image, (left, 0))
+            left += image.width + 16
+        pictures.append(whole.quantize(48))
+    durations = [round(1000 * end / frames)] * frames + [2500]
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
