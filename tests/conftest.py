@@ -1,4 +1,4 @@
-"""Tiny random models and trees; nothing here or in the tests reads from the network."""
+"""Tiny random models with the real tokenizer; nothing here or in the tests reads from the network."""
 
 import os
 import tempfile
@@ -11,15 +11,17 @@ os.environ.setdefault("MEDUSA_NB_HEADLESS", "1")
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="medusa-nb-modules-"))
 
 import random  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig  # noqa: E402
 
-from medusa_nb.base_model import DEFAULT  # noqa: E402
-from medusa_nb.tree import Tree, tree_from_paths  # noqa: E402
+from medusa_nb.packaged_model import packaged_model  # noqa: E402
+from medusa_nb.tree import Tree  # noqa: E402
 
 EOS, PAD = 4, 0
+REPOSITORY = Path(__file__).parents[1]
 LONGEST = "test_notebooks.py"
 
 
@@ -29,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 
 def random_model(config, seed: int = 0, std: float = 0.3):
-    """A frozen model of this architecture with large random matrices, so that its texts vary."""
+    """A frozen float32 model of this architecture with large random matrices, so that its texts vary."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
@@ -55,18 +57,28 @@ def random_tree(K: int, n: int, seed: int = 0, width: int = 4) -> Tree:
         path = source.choice(sorted(paths)) + (source.randrange(width),)
         if len(path) <= K:
             paths.add(path)
-    return tree_from_paths(paths)
+    return Tree.from_paths(paths)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(DEFAULT)
+    """The real tokenizer of the packaged model, chat template included. Shared: tests must not change it."""
+    return AutoTokenizer.from_pretrained(packaged_model())
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer):
-    """A random Llama with the vocabulary of the shipped tokenizer. Shared: tests must not change it."""
-    return small_llama(len(tokenizer), context=256)
+    """A random Llama with the vocabulary of the real tokenizer, context 1,024. Shared: tests must not change it."""
+    return small_llama(len(tokenizer), context=1024, eos_token_id=tokenizer.eos_token_id)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tokenizer, tmp_path_factory):
+    """``tiny_model`` and its tokenizer saved as any model folder is. Shared: tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
