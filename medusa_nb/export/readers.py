@@ -31,7 +31,7 @@ class Strict(dict):
             raise InputError(
                 f"{self.file}: {name} has the shape {list(tensor.shape)}, its reader expects {list(shape)}"
             )
-        return tensor
+        return tensor.float()
 
     def finish(self) -> None:
         if self:
