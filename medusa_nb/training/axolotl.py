@@ -12,16 +12,15 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from medusa_nb.distillation.records import load_answers
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.heads_file import save_heads
 from medusa_nb.path_heads import PathHeads
 from medusa_nb.storage import write_text
 from medusa_nb.training.calibration import calibrate
-from medusa_nb.training.features import IGNORED, cache_features, head_labels
+from medusa_nb.training.features import IGNORED, Supervised, cache_features, head_labels
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, rank_table
-from medusa_nb.training.train import HeadsTrainer, JsonLines, OnlineHeads, collate, in_float32
+from medusa_nb.training.train import HeadsTrainer, JsonLines, OnlineHeads, answers_by_split, collate, in_float32
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -47,13 +46,13 @@ REFUSED = {
 class MedusaArgs(BaseModel):
     """The plugin's keys in axolotl's YAML."""
 
-    medusa_num_heads: int = Field(4, ge=1, description="K")
-    medusa_num_layers: int = Field(1, ge=1, description="residual blocks per head")
-    medusa_own_projection: bool = Field(False, description="a projection per head (the format's version 1)")
-    medusa_kind: Literal["medusa", "path"] = Field("medusa", description="path: heads that see the path, for no server")
-    medusa_depth_decay: float = Field(0.8, gt=0, description="weight of head k in the loss: this to the power k")
-    medusa_soft_share: float = Field(0.5, ge=0, le=1, description="part of the loss on the base model's probabilities")
-    medusa_answers: str | None = Field(None, description="answers from `distill`; the held-out ones calibrate the tree")
+    medusa_num_heads: int = Field(default=4, ge=1)  # K
+    medusa_num_layers: int = Field(default=1, ge=1)  # residual blocks per head
+    medusa_own_projection: bool = False  # a projection per head (the format's version 1)
+    medusa_kind: Literal["medusa", "path"] = "medusa"  # path: heads that see the path, for no server
+    medusa_depth_decay: float = Field(default=0.8, gt=0)  # weight of head k in the loss: this to the power k
+    medusa_soft_share: float = Field(default=0.5, ge=0, le=1)  # part of the loss on the base model's probabilities
+    medusa_answers: str | None = None  # answers from `distill`; the held-out ones calibrate the tree
 
 
 def refuse(cfg: dict) -> None:
@@ -87,9 +86,9 @@ class OwnWords:
     def __call__(self, rows: list[dict]) -> dict:
         items = []
         for row in rows:
-            ids = list(map(int, row["input_ids"]))
-            items.append((ids, *head_labels(ids, [label != IGNORED for label in row["labels"]], self.num_heads)))
-        if not any(positions for _, positions, _ in items):
+            ids, own = list(map(int, row["input_ids"])), [label != IGNORED for label in row["labels"]]
+            items.append(Supervised(ids, own, *head_labels(ids, own, self.num_heads)))
+        if not any(item.positions for item in items):
             raise InputError("no token of this batch is the model's own; are there assistant turns?")
         return collate(items)
 
@@ -156,15 +155,6 @@ class MedusaPlugin(BasePlugin):
             ranks = rank_table(heads, judge)
             calibrate(heads, ranks, tokenizer, held_out, train).save(cfg.output_dir)
             print(json.dumps(dict(accuracy=accuracy(ranks))))
-
-
-def answers_by_split(file: str | Path) -> tuple[list[dict], list[dict]]:
-    """Answers to train on and held-out ones of a file from ``distill``, both without loops."""
-    rows = load_answers(file, loops=False)
-    parts = tuple([row for row in rows if row["split"] == split] for split in ("train", "calibration"))
-    if not all(parts):
-        raise InputError(f"'{file}' has {len(parts[0])} train and {len(parts[1])} calibration answers; both are needed")
-    return parts
 
 
 def write_splits(file: str | Path, folder: str | Path) -> None:

@@ -7,13 +7,15 @@ import copy
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.utils.data import Dataset
 
-from medusa_nb.base_model import dtype_name, fingerprint
+from medusa_nb.base_model import context_length, dtype_name, fingerprint
 from medusa_nb.chat import Encoded, encode_conversation
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
@@ -24,7 +26,7 @@ from medusa_nb.verification import logits_function, not_finite, refuse_rope_swit
 IGNORED = -100
 LIKELY = 16  # so many of the base model's likeliest next tokens are kept for each position
 BATCH_TOKENS = 8192  # of conversations read at once, padding included
-ABOUT = "features.json"
+ABOUT, DATA = "features.json", "features.bin"
 
 
 def encode_answer(tokenizer, row: dict, max_length: int | None = None) -> Encoded:
@@ -64,6 +66,56 @@ def head_labels(ids: list[int], own: list[bool], num_heads: int) -> tuple[list[i
     return positions, labels
 
 
+@dataclass
+class Supervised:
+    """One conversation: its tokens, which of them the model said ``[T]``, and what :func:`head_labels` makes of it."""
+
+    ids: list[int]
+    own: list[bool]
+    positions: list[int]
+    labels: list[list[int]]
+
+
+def longest_text(model, max_length: int) -> int:
+    """Where conversations are cut: at ``max_length`` tokens or the model's context, whichever is less."""
+    return min(max_length, context_length(model) or max_length)
+
+
+def supervise(
+    model, tokenizer, conversations: list[dict], num_heads: int, max_length: int
+) -> tuple[list[Supervised], dict[str, int]]:
+    """Conversations as tokens and labels, cut as :func:`longest_text` says.
+
+    Returns:
+        One entry per conversation, and counts: ``positions``, conversations that were ``cut``, and those that are
+        ``without_answer`` (or whose answer was cut away).
+
+    Raises:
+        InputError: no conversation, or none with an answer.
+    """
+    if not conversations:
+        raise InputError("there is no conversation to compute features of; the data set is empty")
+    length = longest_text(model, max_length)
+    result: list[Supervised] = []
+    cut = 0
+    for row in conversations:
+        encoded = encode_answer(tokenizer, row)
+        cut += len(encoded.ids) > length
+        ids, own = encoded.ids[:length], encoded.own[:length]
+        result.append(Supervised(ids, own, *head_labels(ids, own, num_heads)))
+    positions = sum(len(one.positions) for one in result)
+    if not positions:
+        why = f"; {cut} were cut to {length} tokens" if cut else ""
+        raise InputError(f"no token of these conversations is the model's own{why}; are there assistant turns?")
+    return result, dict(positions=positions, cut=cut, without_answer=sum(not one.positions for one in result))
+
+
+def refuse_not_finite(states: torch.Tensor, model) -> None:
+    """Raise :class:`InputError` for states or probabilities that overflowed in the base model's dtype."""
+    if not torch.isfinite(states).all():
+        raise InputError(f"the base model's states are {not_finite(model.dtype)}")
+
+
 @torch.no_grad()
 def likeliest(model, hidden: torch.Tensor, rows: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     """The base model's likeliest next tokens at states ``[P, D]``: ids ``[P, M]`` and probabilities that sum to 1.
@@ -73,11 +125,11 @@ def likeliest(model, hidden: torch.Tensor, rows: int = 512) -> tuple[torch.Tenso
     """
     ids, probabilities, logits = [], [], logits_function(model)
     for part in hidden.split(rows):  # so many rows of logits at a time
+        refuse_not_finite(part, model)
         scores = logits(part.unsqueeze(0))[0].float()
         top = scores.topk(min(LIKELY, scores.shape[-1]), dim=-1)
         chances = (top.values - scores.logsumexp(-1, keepdim=True)).exp()
-        if not (torch.isfinite(part).all() and torch.isfinite(chances).all()):
-            raise InputError(f"the base model's states are {not_finite(model.dtype)}")
+        refuse_not_finite(chances, model)
         ids.append(top.indices)
         probabilities.append(chances / chances.sum(-1, keepdim=True))
     return torch.cat(ids), torch.cat(probabilities).to(torch.bfloat16)
@@ -105,40 +157,48 @@ class Features(Dataset):
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.about = read_json(folder / ABOUT)
-        tensors = {}
-        for name, (file, kind, width) in _files(self.about).items():
-            mapped = np.memmap(folder / file, kind, "r", shape=(self.about["positions"], width))
-            tensors[name] = torch.from_numpy(np.array(mapped) if mapped.nbytes < 2**30 else mapped)
+        self.about = read_json(Path(folder) / ABOUT)
+        mapped = np.memmap(Path(folder) / DATA, _record(**self.about["sizes"]), "c")
+        data = np.array(mapped) if mapped.nbytes < 2**30 else mapped
         # torch has bf16 and numpy has not: the same two bytes, read as an integer
-        self.hidden, self.probabilities = (tensors[name].view(torch.bfloat16) for name in ("hidden", "probabilities"))
-        self.likely, self.labels = tensors["likely"], tensors["labels"].long()
-        self.conversation = tensors["conversation"][:, 0].long()
+        self.hidden, self.probabilities = (
+            torch.from_numpy(data[name]).view(torch.bfloat16) for name in ("hidden", "probabilities")
+        )
+        self.likely, self.labels = torch.from_numpy(data["likely"]), torch.from_numpy(data["labels"]).long()
+        self.conversation = torch.from_numpy(data["conversation"]).long()
+        self.places = torch.arange(len(self.likely))  # where soft labels are looked up
 
     def chosen(self, rows: torch.Tensor) -> "Features":
         """Only the positions ``rows``, for comparisons on as much data; soft labels come from where they did."""
         part = copy.copy(self)
-        part.about, part.places = self.about | dict(positions=len(rows)), self._places()[rows]
+        part.about, part.places = self.about | dict(positions=len(rows)), self.places[rows]
         part.hidden, part.labels, part.conversation = self.hidden[rows], self.labels[rows], self.conversation[rows]
         return part
-
-    def _places(self) -> torch.Tensor:
-        return getattr(self, "places", torch.arange(len(self.likely)))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.as_tensor(rows)
-        soft = soft_labels(self._places()[index], self.labels.shape[1] - 1, self.likely, self.probabilities)
+        soft = soft_labels(self.places[index], self.labels.shape[1] - 1, self.likely, self.probabilities)
         return dict(hidden=self.hidden[index], labels=self.labels[index]) | soft
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return {name: values[0] for name, values in self.__getitems__([row]).items()}
 
 
-@torch.inference_mode()
+def _record(heads: int, likely: int, width: int) -> np.dtype:
+    """What the file holds for each position."""
+    fields = [
+        ("labels", np.int32, (heads + 1,)),
+        ("conversation", np.int32),
+        ("likely", np.int32, (likely,)),
+        ("probabilities", np.int16, (likely,)),
+        ("hidden", np.int16, (width,)),
+    ]
+    return np.dtype(fields, align=True)
+
+
 def cache_features(
     model,
     tokenizer,
@@ -150,7 +210,8 @@ def cache_features(
 ) -> Features:
     """Compute the features of conversations once; later calls with the same inputs only open them.
 
-    Conversations of similar length are read together. A run that was killed goes on after the last whole batch.
+    Conversations of similar length are read together. A run that was killed goes on after the last whole batch. Of
+    several processes one computes and the others wait for it.
 
     Args:
         max_length: longer conversations are cut to so many tokens.
@@ -160,99 +221,77 @@ def cache_features(
         InputError: no conversation, no supervised position, states that are not finite, or not enough disk space.
     """
     folder = Path(folder)
-    if not conversations:
-        raise InputError("there is no conversation to compute features of; the data set is empty")
-    key = _key(model, tokenizer, conversations, num_heads, max_length)
-    if folder.is_dir() and not is_claimed(folder, dict(features=key)):  # a cache of something else
-        shutil.rmtree(folder)
-    claim(folder, dict(features=key))
-    if (folder / ABOUT).exists():
-        return Features(folder)
-    encoded = [encode_answer(tokenizer, row) for row in conversations]
-    cut = sum(len(e.ids) > max_length for e in encoded)
-    encoded = [Encoded(e.ids[:max_length], e.own[:max_length]) for e in encoded]
-    supervised = [head_labels(e.ids, e.own, num_heads) for e in encoded]
-    total, width = sum(len(p) for p, _ in supervised), model.get_output_embeddings().weight.shape[1]
-    if total == 0:
-        raise InputError("no token of these conversations is the model's own; are there assistant turns?")
-    refuse_rope_switch(model, 0, max(len(e.ids) for e in encoded))
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
-    likely = min(LIKELY, model.get_output_embeddings().weight.shape[0])
-    about = dict(positions=total, hidden_size=width, num_heads=num_heads, likely=likely, conversations=len(order))
-    about |= dict(cut=cut, without_answer=sum(not p for p, _ in supervised))
-    folder.mkdir(parents=True, exist_ok=True)
-    require_disk_space(folder, total * (width * 2 + likely * 6))
-    kept = KeptStates(states, width) if states else None
-    batches = _batches(order, encoded)
-    done = _resume(folder, about, [sum(len(supervised[i][0]) for i in batch) for batch in batches])
-    bar = progress(len(order), "conversation", "hidden states", initial=sum(map(len, batches[:done])))
-    handles = {name: (folder / file).open("ab") for name, (file, _, _) in _files(about).items()}
-    for batch in batches[done:]:
-        rows = _states_of(model, batch, conversations, encoded, supervised, kept)
-        ids, probabilities = likeliest(model, rows)
-        labels = [label for i in batch for label in supervised[i][1]]
-        owners = [i for i in batch for _ in supervised[i][0]]
-        arrays = dict(
-            labels=np.array(labels, np.int32).reshape(-1, num_heads + 1),
-            conversation=np.array(owners, np.int32),
-            likely=ids.cpu().numpy().astype(np.int32),
-            probabilities=probabilities.cpu().view(torch.int16).numpy(),
-            hidden=rows.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy(),
-        )
-        for name, array in arrays.items():
-            handles[name].write(array.tobytes())
-            handles[name].flush()
-        bar.update(len(batch))
-    bar.close()
-    for handle in handles.values():
-        handle.close()
-    write_json(folder / ABOUT, about)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    sizes = dict(heads=num_heads, likely=min(LIKELY, vocabulary), width=width)
+    key = _key(model, tokenizer, conversations, f"{sizes} {longest_text(model, max_length)} {DATA}")
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if folder.is_dir() and not is_claimed(folder, dict(features=key)):  # a cache of something else
+            shutil.rmtree(folder)
+        claim(folder, dict(features=key))
+        if not (folder / ABOUT).exists():
+            supervised, counts = supervise(model, tokenizer, conversations, num_heads, max_length)
+            refuse_rope_switch(model, 0, max(len(one.ids) for one in supervised))
+            require_disk_space(folder, counts["positions"] * _record(**sizes).itemsize)
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = KeptStates(states, model) if states else None
+            _compute(model, conversations, supervised, folder / DATA, _record(**sizes), kept)
+            write_json(folder / ABOUT, counts | dict(conversations=len(conversations), sizes=sizes))
     return Features(folder)
 
 
-def _files(about: dict) -> dict[str, tuple[str, type, int]]:
-    """The large files: name, kind of number, and how many a position has."""
-    return {
-        "labels": ("labels.i32", np.int32, about["num_heads"] + 1),
-        "conversation": ("conversation.i32", np.int32, 1),
-        "likely": ("likely.i32", np.int32, about["likely"]),
-        "probabilities": ("probabilities.bf16", np.int16, about["likely"]),
-        "hidden": ("hidden.bf16", np.int16, about["hidden_size"]),
-    }
+@torch.inference_mode()
+def _compute(model, conversations, supervised: list[Supervised], file: Path, record: np.dtype, kept) -> None:
+    """Write the records of all supervised positions, after those that are there already."""
+    batches = _batches(supervised)
+    ends = np.cumsum([sum(len(supervised[i].positions) for i in batch) for batch in batches])
+    file.touch()
+    done = int(np.searchsorted(ends, file.stat().st_size // record.itemsize, side="right"))
+    bar = progress(len(supervised), "conversation", "hidden states", initial=sum(map(len, batches[:done])))
+    with file.open("r+b") as handle:
+        handle.truncate((int(ends[done - 1]) if done else 0) * record.itemsize)  # a batch that is not whole
+        handle.seek(0, 2)
+        for batch in batches[done:]:
+            states = _states_of(model, batch, conversations, supervised, kept)
+            ids, probabilities = likeliest(model, states)
+            rows = np.zeros(len(states), record)
+            rows["labels"] = [label for i in batch for label in supervised[i].labels]
+            rows["conversation"] = [i for i in batch for _ in supervised[i].positions]
+            rows["likely"] = ids.cpu().numpy()
+            rows["probabilities"] = probabilities.cpu().view(torch.int16).numpy()
+            rows["hidden"] = states.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+            handle.write(rows.tobytes())
+            handle.flush()
+            bar.update(len(batch))
+    bar.close()
 
 
-def _resume(folder: Path, about: dict, counts: list[int]) -> int:
-    """How many batches of so many positions are whole in all files; what comes after them is cut off."""
-    sizes = {file: np.dtype(kind).itemsize * width for file, kind, width in _files(about).values()}
-    for file in sizes:
-        (folder / file).touch()
-    whole = min((folder / file).stat().st_size // size for file, size in sizes.items())
-    ends = np.cumsum(counts)
-    done = int(np.searchsorted(ends, whole, side="right"))
-    rows = int(ends[done - 1]) if done else 0
-    for file, size in sizes.items():
-        with (folder / file).open("r+b") as handle:
-            handle.truncate(rows * size)
-    return done
+def _batches(supervised: list[Supervised]) -> list[list[int]]:
+    """Which conversations are read together, short ones first: at most so many tokens when padded."""
+    batches: list[list[int]] = []
+    with_answer = (i for i, one in enumerate(supervised) if one.positions)
+    for i in sorted(with_answer, key=lambda i: len(supervised[i].ids)):
+        if not batches or (len(batches[-1]) + 1) * len(supervised[i].ids) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
-def _states_of(model, batch, conversations, encoded, supervised, kept: KeptStates | None) -> torch.Tensor:
+def _states_of(model, batch: list[int], conversations, supervised: list[Supervised], kept) -> torch.Tensor:
     """The states ``[P, D]`` of a batch's supervised positions, kept ones where there are."""
     found = {}
     for i in batch if kept else ():
-        own = [token for token, mine in zip(encoded[i].ids, encoded[i].own, strict=True) if mine]
-        found[i] = kept.get(conversations[i]["id"], own)
-    missing = [i for i in batch if supervised[i][0] and found.get(i) is None]
-    if missing:
-        hidden = hidden_states(model, [encoded[i].ids for i in missing])
-        found |= {i: hidden[line, supervised[i][0]] for line, i in enumerate(missing)}
-    width = model.get_output_embeddings().weight.shape[1]
-    rows = [found[i].to(model.device, model.dtype) for i in batch if supervised[i][0]]
-    return torch.cat(rows) if rows else torch.zeros(0, width, dtype=model.dtype, device=model.device)
+        own = [token for token, mine in zip(supervised[i].ids, supervised[i].own, strict=True) if mine]
+        if (states := kept.get(conversations[i]["id"], own)) is not None:
+            found[i] = states
+    if missing := [i for i in batch if i not in found]:
+        hidden = hidden_states(model, [supervised[i].ids for i in missing])
+        found |= {i: hidden[line, supervised[i].positions] for line, i in enumerate(missing)}
+    return torch.cat([found[i].to(model.device, model.dtype) for i in batch])
 
 
 def hidden_states(model, rows: list[list[int]]) -> torch.Tensor:
-    """Last hidden states ``[B, T, D]`` of texts of up to T tokens, padded on the right: causal attention never looks."""
+    """Hidden states ``[B, T, D]`` of texts of up to T tokens, padded at the end, where attention never looks."""
     logits_function(model)  # refuses a model whose parts do not make the whole
     device = model.get_output_embeddings().weight.device
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -262,19 +301,9 @@ def hidden_states(model, rows: list[list[int]]) -> torch.Tensor:
     return model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
 
 
-def _batches(order: list[int], encoded: list[Encoded]) -> list[list[int]]:
-    """The conversations in ``order`` (short ones first), in batches of at most so many tokens when padded."""
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(encoded[i].ids) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def _key(model, tokenizer, conversations: list[dict], num_heads: int, max_length: int) -> str:
-    digest = hashlib.sha256(fingerprint(model).encode())
+def _key(model, tokenizer, conversations: list[dict], layout: str) -> str:
+    """Changes with whatever the features depend on."""
+    digest = hashlib.sha256(f"{fingerprint(model)} {dtype_name(model.dtype)} {layout}".encode())
     digest.update(json.dumps([[c["messages"], c.get("finish_reason")] for c in conversations]).encode())
-    digest.update(f"{num_heads} {max_length} {LIKELY} {dtype_name(model.dtype)} {tokenizer.chat_template}".encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(f"{tokenizer.chat_template} {tokenizer.backend_tokenizer.to_str()}".encode())
     return digest.hexdigest()

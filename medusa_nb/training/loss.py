@@ -43,7 +43,7 @@ class HeadsWithLoss(nn.Module):
         with torch.autocast(hidden.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.heads(hidden.float(), labels[:, :-1].clamp(min=0))  # [K, B, V']
         soft = None
-        if self.soft_share and likely is not None:
+        if self.soft_share and likely is not None and probabilities is not None:
             places = self.heads.places(likely[:, :count])
             weights = self.soft_share * probabilities[:, :count].float().masked_fill(places < 0, 0)
             soft = places.clamp(min=0), weights
@@ -127,10 +127,14 @@ def rank_table(heads: Heads, features: Features, batch: int = 512) -> torch.Tens
     return torch.cat(table)
 
 
-def accuracy(ranks: torch.Tensor, top: tuple[int, ...] = (1, 5)) -> list[dict[str, float]]:
-    """Per head: the share of its labels that are among its ``top`` choices, from :func:`rank_table`."""
+def accuracy(ranks: torch.Tensor, top: tuple[int, ...] = (1, 5)) -> list[dict]:
+    """Per head: the share of its labels that are among its ``top`` choices, from :func:`rank_table`.
+
+    None for a head without any label.
+    """
     result = []
     for column in ranks.T:
         known = column[column >= 0]
-        result.append({f"top{n}": (known < n).float().mean().item() for n in top} | {"labels": len(known)})
+        shares = {f"top{n}": (known < n).float().mean().item() if len(known) else None for n in top}
+        result.append(shares | {"labels": len(known)})
     return result

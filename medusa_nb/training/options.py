@@ -4,39 +4,58 @@ They are those of ``transformers.TrainingArguments`` and of the tutorial's train
 refused by name, before anything is loaded.
 """
 
-import argparse
 import importlib.util
 import json
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from medusa_nb.base_model import DTYPES
 from medusa_nb.errors import InputError
 from medusa_nb.storage import read_json
+from medusa_nb.verification import first_line
 
-KINDS, STATES, QUANTISED = ("medusa", "path"), ("auto", "cached", "online"), ("8bit", "4bit")
-RENAMED = {"warmup_ratio": "warmup_steps"}  # transformers' name today
+QUANTISED = ("8bit", "4bit")
+CHOICES = {"kind": ("medusa", "path"), "states": ("auto", "cached", "online"), "load_in": (None, *DTYPES, *QUANTISED)}
+MANY, TINY = 2**31, 1e-9
+RANGES = {  # first and last value
+    "medusa_num_heads": (1, 64),
+    "medusa_num_layers": (1, 64),
+    "model_max_length": (2, MANY),
+    "per_device_train_batch_size": (1, MANY),
+    "gradient_accumulation_steps": (1, MANY),
+    "draft_vocabulary": (0, MANY),
+    "loss_vocabulary": (0, MANY),
+    "num_train_epochs": (TINY, MANY),
+    "learning_rate": (TINY, 1e3),
+    "depth_decay": (TINY, 1e3),
+    "soft_share": (0, 1),  # labels only, soft labels only
+    "logging_steps": (TINY, MANY),
+    "save_steps": (TINY, MANY),
+    "max_grad_norm": (0, MANY),
+}
+RENAMED = {"warmup_ratio": "warmup_steps", "max_length": "model_max_length"}
 REFUSED = {
-    "lazy_preprocess": "states are memory-mapped or computed as they are needed, there is nothing to be lazy about",
-    "cache_dir": "set HF_HOME instead",
-    "label_names": "the labels are fixed",
-    "remove_unused_columns": "all columns are used",
-    "do_predict": "measure with `medusa-nb measure`",
-    "do_eval": "the heads are judged on the answers of the split 'calibration' at the end",
-    "evaluation_strategy": "the heads are judged on the answers of the split 'calibration' at the end",
-    "eval_strategy": "the heads are judged on the answers of the split 'calibration' at the end",
-    "load_best_model_at_end": "the heads of the last step are kept",
-    "gradient_checkpointing": "nothing is back-propagated through the base model",
-    "neftune_noise_alpha": "it changes the embeddings, and the base model stays as it is",
-    "label_smoothing_factor": "soft_share mixes in the base model's own probabilities instead",
-    "resume_from_checkpoint": "the same command goes on from the last checkpoint by itself",
-    "push_to_hub": "publish with `medusa-nb export --push`",
-    "group_by_length": "positions have no length",
-    "torch_compile": "it was never tried with these heads",
-    "use_liger_kernel": "it replaces parts of the base model, which stays as it is",
+    "the heads are judged on the answers of the split 'calibration' at the end": "do_eval do_predict eval_strategy "
+    "evaluation_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
+    "eval_use_gather_object per_device_eval_batch_size prediction_loss_only include_for_metrics batch_eval_metrics "
+    "bf16_full_eval fp16_full_eval",
+    "the heads of the last step are kept": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "nothing is back-propagated through the base model": "gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs",
+    "the base model stays as it is": "neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache",
+    "soft_share mixes in the base model's own probabilities instead": "label_smoothing_factor",
+    "the same command goes on from the last checkpoint by itself": "resume_from_checkpoint save_only_model",
+    "publish with `medusa-nb export --push`": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+    "hub_always_push hub_revision trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "it was never tried with these heads": "torch_compile torch_compile_backend torch_compile_mode parallelism_config "
+    "auto_find_batch_size",
+    "the optimizers that read it rewrite layers of a whole model": "optim_args optim_target_modules",
+    "positions have no length": "length_column_name include_num_input_tokens_seen",
+    "labels and columns are fixed": "label_names remove_unused_columns",
+    "torchrun sets it": "local_rank",
+    "states are memory-mapped or computed as they are needed": "lazy_preprocess",
+    "set HF_HOME instead": "cache_dir",
 }
 
 
@@ -47,10 +66,14 @@ def option(default, help: str):
 
 @dataclass
 class HeadTraining(TrainingArguments):
-    """How heads are trained. Batches count positions with cached states, conversations with online ones."""
+    """How heads are trained. Batches count positions with cached states, conversations with online ones.
+
+    Raises:
+        InputError: an option that does nothing here, or a value that cannot be.
+    """
 
     # transformers' own, with defaults that suit heads
-    output_dir: str | None = option("heads", "folder for heads, log and checkpoints")
+    output_dir: str = option("heads", "folder for heads, log and checkpoints")
     num_train_epochs: float = option(3.0, "how often every position is seen")
     per_device_train_batch_size: int = option(256, "positions (cached states) or conversations (online) a step")
     learning_rate: float = option(2e-3, "at its highest")
@@ -61,13 +84,16 @@ class HeadTraining(TrainingArguments):
     save_strategy: str = option("steps", "when checkpoints are written")
     save_steps: float = option(200, "steps between two checkpoints")
     save_total_limit: int | None = option(1, "checkpoints that are kept")
-    report_to: None | str | list[str] = option("none", "where the log goes besides log.jsonl")
+    report_to: list[str] = field(  # type: ignore[assignment]
+        default_factory=lambda: ["none"], metadata={"help": "where the log goes besides log.jsonl"}
+    )
     seed: int = option(0, "of the order of positions")
     dataloader_pin_memory: bool = option(False, "pin batches in memory")
+    remove_unused_columns: bool = field(default=False)
     # ours
     model_name_or_path: str | None = option(None, "folder or hub id of the base model; the packaged one by default")
     data_path: str = option("answers.jsonl", "answers, from `medusa-nb distill`")
-    model_max_length: int = option(2048, "longer conversations are cut to so many tokens")
+    model_max_length: int = option(2048, "longer conversations are cut to so many tokens (also --max-length)")
     kind: str = option("medusa", "medusa: the paper's heads, which servers load; path: heads that see the path")
     medusa_num_heads: int = option(4, "K")
     medusa_num_layers: int = option(1, "residual blocks per head (kind medusa)")
@@ -82,37 +108,41 @@ class HeadTraining(TrainingArguments):
     kept_states: str | None = option(None, "folder of states kept by `distill --keep-states`")
     load_in: str | None = option(None, "base model in float32, bfloat16, float16, 8bit or 4bit; what suits by default")
     trust_remote_code: bool = option(False, "run code from the model's repository")
+    # the tutorial's, known so that they are refused by name unless they are off
+    evaluation_strategy: str = field(default="no")
+    lazy_preprocess: bool = field(default=False)
+    cache_dir: str | None = field(default=None)
 
     def __post_init__(self):
-        self.remove_unused_columns, self.label_names = False, ["labels"]
-        super().__post_init__()
         check(self)
+        super().__post_init__()
 
 
 def check(options: HeadTraining) -> None:
-    """Refuse values that would stop the run later, or mean nothing."""
-    for name, known in (("kind", KINDS), ("states", STATES), ("load_in", (None, *DTYPES, *QUANTISED))):
+    """Refuse what does nothing here, and values that would stop the run later or mean nothing."""
+    for reason, names in REFUSED.items():
+        for name in names.split():
+            if getattr(options, name) not in (None, False, [], HeadTraining.__dataclass_fields__[name].default):
+                raise InputError(f"'{name}' is not an option here: {reason}; leave it out")
+    for name, known in CHOICES.items():
         if getattr(options, name) not in known:
-            listed = ", ".join(str(value) for value in known if value)
+            listed = ", ".join(value for value in known if value)
             raise InputError(f"{name} is '{getattr(options, name)}'; choose one of {listed}")
-    least = dict(medusa_num_heads=1, medusa_num_layers=1, model_max_length=2, draft_vocabulary=0, loss_vocabulary=0)
-    least |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1e-9)
-    for name, lowest in least.items():
-        if getattr(options, name) < lowest:
-            raise InputError(f"{name}={getattr(options, name)}; choose {lowest if lowest >= 0 else 0} or more")
-    for name in ("num_train_epochs", "learning_rate", "depth_decay"):
-        if not 0 < getattr(options, name) < float("inf"):
-            raise InputError(f"{name}={getattr(options, name)}; choose a number above 0")
-    if not 0 <= options.soft_share <= 1:
-        raise InputError(
-            f"soft_share={options.soft_share}; choose a number from 0 (labels only) to 1 (soft labels only)"
-        )
-    reports = [options.report_to] if isinstance(options.report_to, str) else options.report_to or []
-    needed = {"deepspeed": bool(options.deepspeed), "bitsandbytes": options.load_in in QUANTISED}
-    needed |= {name: name in reports for name in ("wandb", "tensorboard", "mlflow", "trackio")}
-    for package, wanted in needed.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            raise InputError(f"'{package}' is asked for and not installed; install it or leave the option out")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(options, name) <= most:  # NaN is in no range
+            raise InputError(f"{name}={getattr(options, name)}; choose a number from {least} to {most}")
+    for name, value in (("train_sampling_strategy", "group_by_length"), ("save_strategy", "best")):
+        if getattr(options, name) == value:
+            raise InputError(
+                f"'{name}' cannot be '{value}' here: positions have no length and no evaluation; leave it out"
+            )
+    if options.load_in in QUANTISED and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"load_in={options.load_in} needs the package 'bitsandbytes'; install it or leave it out")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise InputError(f"the options do not fit: {message}")
 
 
 def parse(arguments: list[str]) -> HeadTraining:
@@ -121,57 +151,44 @@ def parse(arguments: list[str]) -> HeadTraining:
     Raises:
         InputError: an unknown or refused option, or a value of the wrong kind.
     """
-    values, flags = {}, list(arguments)
+    values: dict = {}
+    flags = list(arguments)
     if flags and flags[0].endswith(".json"):
         values = read_json(flags.pop(0))
-    given = {word[2:].split("=")[0].replace("-", "_") for word in flags if word.startswith("--")} | values.keys()
-    known = {name for name, item in HeadTraining.__dataclass_fields__.items() if item.init}
-    for name in sorted(given):
-        if name in REFUSED and not (name in values and values[name] in (None, False)):
-            raise InputError(f"'{name}' is not an option here: {REFUSED[name]}; leave it out")
-        if name not in known and name not in RENAMED and name not in REFUSED and not name.startswith("no_"):
+    names = [*values, *(_flag_name(word) for word in flags if word.startswith("--"))]
+    known = {name for name, item in HeadTraining.__dataclass_fields__.items() if item.init} | RENAMED.keys()
+    for name in names:
+        if name not in known and name.removeprefix("no_") not in known:
             raise InputError(f"unknown option '{name}'; see `python -m medusa_nb.training --help`")
-    words: list[str] = []
-    for name, value in values.items():
-        if value is not None and name not in REFUSED:
-            words += _as_flag(RENAMED.get(name, name), value)
+    words = [word for name, value in values.items() for word in _as_flag(RENAMED.get(name, name), value)]
     words += [_renamed(word) for word in flags]
-    parser = HfArgumentParser(HeadTraining, exit_on_error=False)
-    parser.error = _refuse
     try:
-        [options] = parser.parse_args_into_dataclasses(words)
+        [options] = _Parser(HeadTraining, exit_on_error=False).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
     except InputError:
         raise
-    except (argparse.ArgumentError, ValueError, TypeError, ImportError, KeyError, OSError) as error:
-        raise InputError(
-            f"the options do not fit: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever argparse, transformers or accelerate object to
+        raise InputError(f"the options do not fit: {first_line(error)}") from error
     return options
 
 
 def _as_flag(name: str, value) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}", str(value).lower()]
+    """An entry of a JSON file as words of a command line; null and an empty list are left out."""
+    if value is None or value == []:
+        return []
+    annotation = str(HeadTraining.__dataclass_fields__[name].type)
+    if isinstance(value, list | dict) and type(value).__name__ not in annotation:
+        raise InputError(f"{name} is {json.dumps(value)[:80]}; one value is expected")
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
+
+
+def _flag_name(word: str) -> str:
+    return word[2:].partition("=")[0].replace("-", "_")
 
 
 def _renamed(word: str) -> str:
-    name = word[2:].split("=")[0]
-    return word.replace(name, RENAMED[name], 1) if word.startswith("--") and name in RENAMED else word
-
-
-def _refuse(message: str):
-    raise InputError(message)
-
-
-def require_writable(folder: Path) -> None:
-    """Raise :class:`InputError` unless files can be written into ``folder``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror}; choose another output_dir") from error
+    name = _flag_name(word)
+    if not word.startswith("--") or name not in RENAMED:
+        return word
+    return f"--{RENAMED[name]}{word[2 + len(name) :]}"

@@ -4,16 +4,18 @@ Notebook, command, ``torchrun`` and (in parts) axolotl come here. ``transformers
 data-parallel training, DeepSpeed ZeRO and FSDP come from there.
 """
 
+import copy
 import json
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_nb.base_model import load_base_model
 from medusa_nb.chat import require_chat_template
@@ -23,11 +25,23 @@ from medusa_nb.heads import Heads, MedusaHeads
 from medusa_nb.heads_file import save_heads
 from medusa_nb.path_heads import PathHeads
 from medusa_nb.progress import is_headless
-from medusa_nb.storage import append_line, claim, free_disk
+from medusa_nb.storage import append_line, claim, free_disk, read_json, write_json
 from medusa_nb.training.calibration import calibrate, draft_vocabulary
-from medusa_nb.training.features import Features, cache_features, encode_answer, head_labels, likeliest, soft_labels
-from medusa_nb.training.loss import HeadsWithLoss, accuracy, label_ranks, rank_table
-from medusa_nb.training.options import QUANTISED, HeadTraining, require_writable
+from medusa_nb.training.features import (
+    Features,
+    Supervised,
+    cache_features,
+    likeliest,
+    longest_text,
+    refuse_not_finite,
+    soft_labels,
+    supervise,
+)
+from medusa_nb.training.loss import HeadsWithLoss, accuracy, label_ranks, rank_table, world_size
+from medusa_nb.training.options import QUANTISED, HeadTraining
+from medusa_nb.verification import first_line
+
+LAST_WRITTEN = "trainer_state.json"  # of a checkpoint's files; whole if the checkpoint is
 
 
 def train(options: HeadTraining, model=None, tokenizer=None, callbacks: list[TrainerCallback] | None = None) -> dict:
@@ -41,43 +55,75 @@ def train(options: HeadTraining, model=None, tokenizer=None, callbacks: list[Tra
 
     Returns:
         ``heads``, and a report: ``accuracy`` of each head on held-out answers, ``log``, ``positions``,
-        ``conversations``, how many of them were ``cut``, ``seconds``.
+        ``conversations``, how many of them were ``cut``, and how many are ``without_answer``.
     """
     out = Path(options.output_dir)
     require_writable(out)
-    rows = load_answers(options.data_path, loops=False)
-    train_rows, held_out = ([row for row in rows if row["split"] == s] for s in ("train", "calibration"))
-    if not train_rows or not held_out:
-        raise InputError(
-            f"'{options.data_path}' has {len(train_rows)} train and {len(held_out)} calibration answers that do not "
-            "loop; both are needed"
-        )
+    train_rows, held_out = answers_by_split(options.data_path)
+    rehearse(options)
     if model is None:
         model, tokenizer = load_model(options)
     require_chat_template(tokenizer)
     heads = new_heads(options, model, tokenizer, train_rows)
-    cached = choose_cached(options, model, train_rows)
-    length, count = options.model_max_length, heads.num_heads
-    with options.main_process_first(desc="hidden states"):
-        folder, kept = out / "features", options.kept_states
-        judge = cache_features(model, tokenizer, held_out, folder / "calibration", count, length, kept)
-        data = (
-            cache_features(model, tokenizer, train_rows, folder / "train", count, length, kept)
-            if cached
-            else Conversations(tokenizer, train_rows, count, length)
+    count, length, kept = heads.num_heads, options.model_max_length, options.kept_states
+    judge = cache_features(model, tokenizer, held_out, out / "features" / "calibration", count, length, kept)
+    data: Dataset
+    if choose_cached(options, model, train_rows):
+        data = cache_features(model, tokenizer, train_rows, out / "features" / "train", count, length, kept)
+    else:
+        data = Conversations(*supervise(model, tokenizer, train_rows, count, length))
+    counts = {name: data.about[name] for name in ("positions", "cut", "without_answer")}
+    if options.process_index == 0 and counts["cut"] + counts["without_answer"]:
+        print(
+            f"{counts['cut']} of {len(train_rows)} conversations are longer than {longest_text(model, length)} tokens "
+            f"and were cut; {counts['without_answer']} have no answer left"
         )
-    cut = data.about["cut"], data.about["without_answer"]
-    if options.process_index == 0 and any(cut):
-        print(f"{cut[0]} conversations are longer than {length} tokens and were cut; {cut[1]} have no answer left")
     log = fit(heads, data, options, model, tokenizer, train_rows, callbacks)
-    report = dict(log=log[-3:], positions=data.about["positions"], conversations=len(train_rows), cut=cut[0])
+    report = dict(log=log[-3:], conversations=len(train_rows)) | counts
     if options.process_index == 0:
-        save_heads(heads, out)
         ranks = rank_table(heads, judge)
         report["accuracy"] = accuracy(ranks)
+        save_heads(heads, out)
         calibrate(heads, ranks, tokenizer, held_out, train_rows).save(out)
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "report.json", report)
     return report | dict(heads=heads)
+
+
+def answers_by_split(file: str | Path) -> tuple[list[dict], list[dict]]:
+    """Answers to train on and held-out ones of a file from ``distill``, both without loops."""
+    rows = load_answers(file, loops=False)
+    train_rows, held_out = ([row for row in rows if row["split"] == split] for split in ("train", "calibration"))
+    if not train_rows or not held_out:
+        raise InputError(
+            f"'{file}' has {len(train_rows)} train and {len(held_out)} calibration answers that do not loop; "
+            "both are needed"
+        )
+    return train_rows, held_out
+
+
+def require_writable(folder: Path) -> None:
+    """Raise :class:`InputError` unless files can be written into ``folder``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to '{folder}': {reason}; choose another output_dir") from error
+
+
+def rehearse(options: HeadTraining) -> None:
+    """Let ``transformers.Trainer`` try the options on one weight, before anything large is loaded.
+
+    Raises:
+        InputError: optimizer, schedule, logging or data loading cannot be as the options say.
+    """
+    try:
+        trainer = Trainer(nn.Linear(1, 1), copy.deepcopy(options), _as_it_is, [0, 1])
+        trainer.create_optimizer_and_scheduler(100)
+        trainer.get_train_dataloader()
+    except Exception as error:
+        raise InputError(f"the options do not fit: {first_line(error)}") from error
 
 
 def load_model(options: HeadTraining):
@@ -136,24 +182,22 @@ def fit(
     if isinstance(heads, MedusaHeads) and heads.projection is None and options.loss_vocabulary and rows:
         # compared with the most frequent tokens only (a sampled softmax), which is several times as fast
         trained = heads.limited_to(draft_vocabulary(tokenizer, rows, options.loss_vocabulary))
+    settings = copy.copy(options)
+    settings.output_dir = str(checkpoints)
     with in_float32(heads, trained):
         inner = HeadsWithLoss(trained, options.depth_decay, options.soft_share, model.dtype)
-        options.output_dir = str(checkpoints)
-        try:
-            trainer = HeadsTrainer(
-                inner if cached else OnlineHeads(model, inner),
-                options,
-                train_dataset=data,
-                data_collator=_as_it_is if cached else collate,
-                callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *(callbacks or [])],
-            )
-            trainer.remove_callback(PrinterCallback)
-            if is_headless():
-                trainer.remove_callback(ProgressCallback)
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
-            whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO or FSDP has split
-        finally:
-            options.output_dir = str(out)
+        trainer = HeadsTrainer(
+            inner if cached else OnlineHeads(model, inner),
+            settings,
+            train_dataset=data,
+            data_collator=_as_it_is if cached else collate,
+            callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *(callbacks or [])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if is_headless():
+            trainer.remove_callback(ProgressCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO or FSDP has split
         if trainer.is_world_process_zero():
             prefix = "heads." if cached else "inner.heads."
             state = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
@@ -161,16 +205,43 @@ def fit(
                 raise InputError("the trained heads came back as empty shards; nothing was saved over earlier heads")
             trained.load_state_dict(state)
     if trainer.is_world_process_zero():
+        for state_file in checkpoints.glob(f"*/{LAST_WRITTEN}"):
+            state_file.unlink()  # first, so that none looks whole if this is killed halfway
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.with_name("checkpoints.settings").unlink(missing_ok=True)
     return [record for record in trainer.state.log_history if "loss" in record]
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end, None if there is none.
+
+    Raises:
+        InputError: processes on other machines do not see it.
+    """
+    found = None
+    for state in sorted(folder.glob(f"*/{LAST_WRITTEN}"), key=lambda file: int(file.parent.name.split("-")[-1])):
+        try:
+            read_json(state)
+            found = str(state.parent)
+        except InputError:
+            continue
+    everyones = [found] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(everyones, found)
+    if len(set(everyones)) > 1:
+        raise InputError(
+            f"'{folder}' is not the same folder on every machine; name an output_dir that all of them share"
+        )
+    return found
+
+
 def fingerprint_of_work(heads: Heads, data, options: HeadTraining) -> dict:
     """What a checkpoint depends on: options, heads and data."""
-    names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "weight_decay", "seed")
-    names += ("depth_decay", "soft_share", "loss_vocabulary", "lr_scheduler_type", "gradient_accumulation_steps")
-    work = {name: getattr(options, name) for name in names} | heads.config()
+    names = (
+        "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate "
+        "lr_scheduler_type warmup_steps weight_decay optim max_grad_norm seed depth_decay soft_share loss_vocabulary"
+    )
+    work = {name: getattr(options, name) for name in names.split()} | heads.config()
     work |= dict(positions=len(data), draft=None if heads.vocabulary is None else heads.vocabulary.sum().item())
     return json.loads(json.dumps(work, default=str))
 
@@ -193,12 +264,13 @@ class HeadsTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        if model.training and self.state.global_step % self.args.logging_steps == 0:
+        if model.training and self.state.global_step % self.state.logging_steps == 0:
             ranks = label_ranks(outputs["logits"][:, :128], outputs["places"][:128])
             self.head_log = {}
             for k, scores in enumerate(accuracy(ranks)):
                 self.head_log[f"head{k}_loss"] = round(outputs["head_loss"][k].item(), 4)
-                self.head_log |= {f"head{k}_{n}": round(scores[n], 4) for n in ("top1", "top5")}
+                if scores["labels"]:
+                    self.head_log |= {f"head{k}_{n}": round(scores[n], 4) for n in ("top1", "top5")}
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, *args, **kwargs):
@@ -214,49 +286,46 @@ class NoLastCheckpoint(TrainerCallback):
 
 
 class JsonLines(TrainerCallback):
-    """Every log record as a line of ``log.jsonl``."""
+    """Every log record as a line of ``log.jsonl``; one that goes on from a checkpoint loses what came after it."""
 
     def __init__(self, file: Path):
         self.file = file
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.file.write_text("")
+            for record in state.log_history:
+                self._append({"step": record["step"]} | record)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with self.file.open("a", encoding="utf-8") as handle:
-                append_line(handle, {"step": state.global_step} | logs)
+            self._append({"step": state.global_step} | logs)
+
+    def _append(self, record: dict) -> None:
+        with self.file.open("a", encoding="utf-8") as handle:
+            append_line(handle, record)
 
 
 class Conversations(Dataset):
-    """Token ids and labels of whole conversations, for training that runs the base model at every step."""
+    """Whole conversations with an answer, for training that runs the base model at every step."""
 
-    def __init__(self, tokenizer, rows: list[dict], num_heads: int, max_length: int):
-        self.items, cut = [], 0
-        for row in rows:
-            encoded = encode_answer(tokenizer, row)
-            cut += len(encoded.ids) > max_length
-            ids = encoded.ids[:max_length]
-            positions, labels = head_labels(ids, encoded.own[:max_length], num_heads)
-            if positions:
-                self.items.append((ids, positions, labels))
-        if not self.items:
-            raise InputError("no token of these conversations is the model's own; are there assistant turns?")
-        positions = sum(len(positions) for _, positions, _ in self.items)
-        self.about = dict(positions=positions, cut=cut, without_answer=len(rows) - len(self.items))
+    def __init__(self, supervised: list[Supervised], about: dict):
+        self.items = [one for one in supervised if one.positions]
+        self.about = about
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> Supervised:
         return self.items[i]
 
 
-def collate(items: list) -> dict[str, torch.Tensor]:
+def collate(items: list[Supervised]) -> dict[str, torch.Tensor]:
     """Right-padded ``input_ids [B, T]``, and for all P supervised positions ``place [P]`` in ``B * T`` and labels."""
-    width = max(len(ids) for ids, _, _ in items)
-    input_ids = torch.zeros(len(items), width, dtype=torch.long)
-    for line, (ids, _, _) in enumerate(items):
-        input_ids[line, : len(ids)] = torch.tensor(ids)
-    place = torch.tensor([line * width + t for line, (_, positions, _) in enumerate(items) for t in positions])
-    return dict(input_ids=input_ids, place=place, labels=torch.tensor([row for _, _, rows in items for row in rows]))
+    input_ids = pad_sequence([torch.tensor(one.ids) for one in items], batch_first=True)
+    width = input_ids.shape[1]
+    place = torch.tensor([line * width + t for line, one in enumerate(items) for t in one.positions])
+    return dict(input_ids=input_ids, place=place, labels=torch.tensor([row for one in items for row in one.labels]))
 
 
 def _as_it_is(batch):
@@ -276,6 +345,7 @@ class OnlineHeads(nn.Module):
         with torch.no_grad():
             hidden = self.base[0].base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             hidden = hidden.flatten(0, 1)[place]
+            refuse_not_finite(hidden, self.base[0])
             soft = {}
             if self.inner.soft_share:
                 said = likeliest(self.base[0], hidden)
