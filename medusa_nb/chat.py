@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, processors
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from medusa_nb.errors import InputError
 
 Messages = list[dict]
+Span = tuple[int, int]  # where a piece of text starts and ends
+STAND_IN = "the answer goes here"
 
 
 @dataclass
@@ -45,10 +47,20 @@ def lay_out(tokenizer, messages: Messages, ask: bool = False) -> str:
     Raises:
         InputError: the template rejects the conversation; with its own words.
     """
+    return _render(tokenizer, messages, ask)[0]
+
+
+def _render(tokenizer, messages: Messages, ask: bool = False) -> tuple[str, list[Span]]:
+    """The conversation as text, and the pieces that the template marks as the model's own (``{% generation %}``)."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"the chat template rejects the conversation: {error}") from error
+        template = tokenizer.get_chat_template()
+        marks = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+        options = dict(add_generation_prompt=ask, return_assistant_tokens_mask=marks, **tokenizer.special_tokens_map)
+        rendered: tuple = render_jinja_template([messages], chat_template=template, **options)  # type: ignore
+        (text,), marked = rendered
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise InputError(f"the chat template rejects the conversation: {' '.join(str(error).split())}") from error
+    return text, [(start, end) for spans in marked for start, end in spans if start < end]
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -86,40 +98,34 @@ def encode_conversation(tokenizer, messages: Messages, max_length: int | None = 
         InputError: no chat template, or one in whose layout no answer can be told apart.
     """
     require_chat_template(tokenizer)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
-        marked = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        own = [bool(mark) for mark in marked["assistant_masks"]]
-        return Encoded(list(marked["input_ids"])[:max_length], own[:max_length])
-    text = lay_out(tokenizer, messages)
-    spans = _answer_spans(tokenizer, messages, text)
+    text, marked = _render(tokenizer, messages)
+    spans = marked or _answer_spans(tokenizer, messages, text)
     ids, own = _encode_in_parts(tokenizer, text, spans) or _encode_whole(tokenizer, text, spans)
     return Encoded(ids[:max_length], own[:max_length])
 
 
-def _encode_in_parts(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]] | None:
+def _encode_in_parts(tokenizer, text: str, spans: list[Span]) -> tuple[list[int], list[bool]] | None:
     """Layout and answers split into tokens one by one, as they are when the model is asked and answers.
 
     None for a tokenizer that splits a part otherwise than the same words inside a text (one that puts a space in
     front of everything, say).
     """
-    backend, ids, own, place = _without_post_processor(tokenizer), [], [], 0
-    for start, end in spans:
+    backend, place = _without_post_processor(tokenizer.backend_tokenizer), 0
+    ids: list[int] = []
+    own: list[bool] = []
+    for start, end in [*spans, (len(text), len(text))]:
         for part, is_answer in ((text[place:start], False), (text[start:end], True)):
             tokens = backend.encode(part, add_special_tokens=False).ids
             ids, own = ids + tokens, own + [is_answer] * len(tokens)
         place = end
-    rest = backend.encode(text[place:], add_special_tokens=False).ids
-    ids, own = ids + rest, own + [False] * len(rest)
     whole = backend.encode(text, add_special_tokens=False).ids
     same = backend.decode(ids, skip_special_tokens=False) == backend.decode(whole, skip_special_tokens=False)
     return (ids, own) if same else None
 
 
-def _encode_whole(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+def _encode_whole(tokenizer, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
     """The text split as a whole: an answer's tokens are those from its first character to its last."""
-    encoded = _without_post_processor(tokenizer).encode(text, add_special_tokens=False)
+    encoded = _without_post_processor(tokenizer.backend_tokenizer).encode(text, add_special_tokens=False)
     own = [False] * len(encoded.ids)
     for start, end in spans:
         inside = [i for i, (a, b) in enumerate(encoded.offsets) if start <= a < b <= end]
@@ -134,27 +140,34 @@ def _encode_whole(tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[l
 
 
 @lru_cache(maxsize=4)
-def _without_post_processor(tokenizer) -> Tokenizer:
+def _without_post_processor(backend: Tokenizer) -> Tokenizer:
     """A copy that splits text the same way and leaves the offsets alone: some trim white space out of them."""
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy = Tokenizer.from_str(backend.to_str())
     copy.post_processor = processors.ByteLevel(trim_offsets=False)
     copy.no_truncation()
     copy.no_padding()
     return copy
 
 
-def _answer_spans(tokenizer, messages: Messages, text: str) -> list[tuple[int, int]]:
+def _answer_spans(tokenizer, messages: Messages, text: str) -> list[Span]:
     """Where each answer stands in the laid-out ``text``, its end token included.
 
     A template may rewrite earlier turns once later ones follow (it drops their reasoning, say): what is not in the
     text as the model said it is left out, and only if nothing remains is that an error.
     """
+    spans, before = [], ""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
     for i in answers:
         before, until = lay_out(tokenizer, messages[:i], ask=True), lay_out(tokenizer, messages[: i + 1])
-        if until.startswith(before) and text.startswith(until):
-            spans.append((len(before), _end_of_turn(tokenizer, messages[i]["content"], until, len(before))))
+        made_up = lay_out(tokenizer, [*messages[:i], messages[i] | dict(content=STAND_IN)])
+        prefix, found, suffix = made_up.rpartition(STAND_IN)
+        if not (found and until.startswith(before) and text.startswith(until) and until.endswith(suffix)):
+            continue
+        end = len(until) - len(suffix)
+        for start in (len(before), len(prefix)):  # the template may put something in front of an answer
+            if until[start:end].strip() == messages[i]["content"].strip():
+                spans.append((start, end + _end_of_turn(tokenizer, suffix)))
+                break
     if answers and not spans:
         if "<think>" in before[-20:]:
             raise InputError(
@@ -163,20 +176,25 @@ def _answer_spans(tokenizer, messages: Messages, text: str) -> list[tuple[int, i
                 "in; use a template that keeps the block, or closes it before the answer"
             )
         raise InputError(
-            f"the chat template of '{tokenizer.name_or_path}' lays out answers otherwise than where the model was "
-            "asked for them, so its own words cannot be told apart; use a template that leaves them as they are"
+            f"the chat template of '{tokenizer.name_or_path}' lays out answers otherwise than the model was asked for "
+            "them or said them, so its own words cannot be told apart; use a template that leaves them as they are"
         )
     return spans
 
 
-def _end_of_turn(tokenizer, content: str, until: str, start: int) -> int:
-    """Where the answer ends that starts at ``start``: after the first special token behind its words, if there is one."""
-    words = until.find(content.strip(), start)
-    after = start if words < 0 else words + len(content.strip())
+def _end_of_turn(tokenizer, suffix: str) -> int:
+    """How much of what follows an answer ends it: up to its first special token, if there is one, else all words."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = [(until.find(token, after), len(token)) for token in special | set(tokenizer.all_special_tokens) if token]
-    place, length = min(((place, -length) for place, length in ends if place >= 0), default=(len(until.rstrip()), 0))
-    return place - length
+    ends = [suffix.find(token) + len(token) for token in special if token in suffix]
+    return min(ends, default=len(suffix.rstrip()))
+
+
+def with_answers(asked: Messages, answer: str) -> Messages:
+    """System and user turns, with this answer after every user turn."""
+    turns: Messages = []
+    for message in asked:
+        turns += [message] if message["role"] != "user" else [message, dict(role="assistant", content=answer)]
+    return turns
 
 
 def can_supervise(tokenizer, rows: list[dict]) -> None:
@@ -187,10 +205,7 @@ def can_supervise(tokenizer, rows: list[dict]) -> None:
     """
     shapes = {tuple(message["role"] for message in row["messages"]): row["messages"] for row in rows}
     for asked in shapes.values():
-        turns: Messages = []
-        for message in asked:
-            turns += [message] if message["role"] != "user" else [message, dict(role="assistant", content="Yes.")]
         try:
-            encode_conversation(tokenizer, turns)
+            encode_conversation(tokenizer, with_answers(asked, "Yes."))
         except InputError as error:
             raise InputError(f"heads could not be trained on answers to these prompts: {error}") from error
