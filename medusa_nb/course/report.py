@@ -1,6 +1,7 @@
 """The front page's figures: written from a run's ``results.json`` by this module, never by hand."""
 
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -8,7 +9,7 @@ import nbformat
 from medusa_nb.course.run import notebooks
 from medusa_nb.course.walk import read_results
 from medusa_nb.errors import InputError
-from medusa_nb.storage import read_text, require_repository, write_json, write_text
+from medusa_nb.storage import build_folder, read_text, require_repository, write_json, write_text
 
 FOLDED, WORD = re.compile(r"<details>.*?</details>", re.DOTALL), re.compile(r"[A-Za-z]\w*")
 WORDS_A_MINUTE = 150  # a calm voice
@@ -111,7 +112,11 @@ def readme(text: str, results: dict) -> str:
 
 
 def publish(out: Path) -> None:
-    """Take a learner run's results into ``data/results.json`` and write the README from them."""
+    """Take a learner run's results and its race into ``data/``, and write the README from them."""
     root, results = require_repository("publishing a run"), read_results(out / "results.json")
     write_json(root / "data" / "results.json", results)
+    race = build_folder() / "walk" / "learner" / "race.gif"
+    if race.is_file():
+        (root / "data" / "figures").mkdir(exist_ok=True)
+        shutil.copy(race, root / "data" / "figures")
     write_text(root / "README.md", readme(read_text(root / "README.md"), results))

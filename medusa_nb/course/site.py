@@ -12,7 +12,7 @@ from medusa_nb.course.run import notebooks
 
 OTHERS = {"SUMMARY": "The walk on one page", "GLOSSARY": "Glossary", "TEACHING": "Teaching"}
 TEMPLATES = Path(__file__).parent / "templates"
-FIGURES = ("race.gif", "walk.png")
+FIGURES = ("race.gif",)
 _PAGES = Environment(loader=PackageLoader("medusa_nb.course"), autoescape=True)
 
 
