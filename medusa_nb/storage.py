@@ -4,14 +4,17 @@ Long work (answers, hidden states, training) resumes by one scheme: a note besid
 with (:func:`claim`), and what is finished is found on disk.
 """
 
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from medusa_nb.errors import InputError
@@ -48,15 +51,23 @@ def portable_name(name: str | Path) -> str:
 
 @contextmanager
 def replacing(file: str | Path):
-    """A temporary path beside ``file`` that takes its place at the end of the block, whole or not at all."""
+    """A temporary path beside ``file`` that takes its place at the end of the block, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, because the disk is full, say.
+    """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to '{file}': {why}; free some space or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -83,9 +94,12 @@ def read_text(file: str | Path) -> str:
 
 
 def decode_text(data: bytes, file: str | Path) -> str:
-    """Bytes of ``file`` as text, without a byte order mark."""
+    """Bytes of ``file``, which may be packed by gzip, as text without a byte order mark."""
     try:
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
         return data.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"'{file}' cannot be unpacked: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
@@ -103,9 +117,11 @@ def parse_json(text: str, where: str, kind: type = dict):
     """A JSON value that must be a ``kind``; ``where`` names its source in the message."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        line = f", line {error.lineno}" if getattr(error, "lineno", 1) > 1 else ""
-        raise InputError(f"{where}{line}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
+    except (ValueError, RecursionError) as error:
+        number = getattr(error, "lineno", 1)
+        line = f", line {number}" if number > 1 else ""
+        fault = getattr(error, "msg", "nested too deeply, or a number too long")
+        raise InputError(f"{where}{line}: not valid JSON ({fault})") from error
     if not isinstance(value, kind):
         raise InputError(f"{where}: a JSON {_NAMES[kind]} is expected, found {_NAMES.get(type(value), 'a value')}")
     return value
@@ -159,16 +175,13 @@ def claim(work: str | Path, settings: dict) -> None:
             listed = ", ".join(changed)
             raise InputError(f"'{work}' was made with other settings ({listed}); choose another place or delete it")
         return
-    try:
-        write_json(note, settings)
-    except OSError as error:
-        raise InputError(f"cannot write to '{work.parent}': {error.strerror}; choose another place") from error
+    write_json(note, settings)
 
 
-def is_claimed(work: str | Path, settings: dict) -> bool:
-    """Whether ``work`` is being made, or was made, with just these settings."""
+def is_claimed(work: str | Path, settings: dict | None = None) -> bool:
+    """Whether ``work`` is being made, or was made, with just these settings; None for any."""
     note = _note_of(Path(work))
-    return note.exists() and read_json(note) == settings
+    return note.exists() and (settings is None or read_json(note) == settings)
 
 
 def _note_of(work: Path) -> Path:
@@ -201,8 +214,7 @@ def require_disk_space(folder: str | Path, needed: float) -> None:
     free = free_disk(folder)
     if needed * 1.05 > free:
         raise InputError(
-            f"'{folder}' needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-            "free some space or use fewer conversations"
+            f"'{folder}' needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some space first"
         )
 
 
