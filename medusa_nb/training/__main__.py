@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from medusa_nb.chat import clean_text
 from medusa_nb.errors import InputError
 from medusa_nb.training.options import HeadTraining, parse
 from medusa_nb.training.train import train
@@ -20,16 +21,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         for name in HeadTraining.__annotations__:
-            print(f"  {name:28} {HeadTraining.__dataclass_fields__[name].metadata['help']}")
+            if help := HeadTraining.__dataclass_fields__[name].metadata.get("help"):
+                print(f"  {name:28} {help}")
         print("  ... and every option of transformers.TrainingArguments that makes sense here")
         return 0 if arguments else 2
     try:
         report = train(parse(arguments))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {clean_text(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        print(f"error: {clean_text(f'{error.strerror or error}: {error.filename or str()}')}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

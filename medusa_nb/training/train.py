@@ -175,6 +175,9 @@ def fit(
         InputError: the features do not fit the heads, or the checkpoints belong to other work.
     """
     out, cached = Path(options.output_dir), isinstance(data, Features)
+    step = options.train_batch_size * world_size()
+    if options.dataloader_drop_last and len(data) < step:
+        raise InputError(f"a step takes {step} and there are {len(data)}, which dataloader_drop_last drops; leave it out")
     checkpoints = out / "checkpoints"
     if options.process_index == 0:
         claim(checkpoints, fingerprint_of_work(heads, data, options))

@@ -35,6 +35,12 @@ def answers(rows, tmp_path_factory):
     return write_answers(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
 
 
+@pytest.fixture(scope="session")
+def few(rows, tmp_path_factory):
+    """A file of four answers to train on and two held-out ones."""
+    return str(write_answers(tmp_path_factory.mktemp("few") / "answers.jsonl", rows[:6]))
+
+
 @pytest.fixture
 def values(tiny_folder, answers, tmp_path) -> dict:
     """The entries of a config file with which heads are trained quickly."""
