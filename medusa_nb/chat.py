@@ -164,6 +164,10 @@ def _answer_spans(tokenizer, messages: Messages, text: str) -> list[Span]:
         if not (found and until.startswith(before) and text.startswith(until) and until.endswith(suffix)):
             continue
         end = len(until) - len(suffix)
+        if reasoning := (messages[i].get("reasoning_content") or "").strip():
+            if reasoning in until[len(before) : end]:  # with the marks around it, which the model said, too
+                spans.append((len(before), end + _end_of_turn(tokenizer, suffix)))
+            continue
         for start in (len(before), len(prefix)):  # the template may put something in front of an answer
             if until[start:end].strip() == messages[i]["content"].strip():
                 spans.append((start, end + _end_of_turn(tokenizer, suffix)))
@@ -177,7 +181,8 @@ def _answer_spans(tokenizer, messages: Messages, text: str) -> list[Span]:
             )
         raise InputError(
             f"the chat template of '{tokenizer.name_or_path}' lays out answers otherwise than the model was asked for "
-            "them or said them, so its own words cannot be told apart; use a template that leaves them as they are"
+            "them or said them (without its reasoning, say), so its own words cannot be told apart; use a template "
+            "that leaves them as they are"
         )
     return spans
 

@@ -18,7 +18,7 @@ from medusa_nb.verification import Verifier, greedy
 
 @dataclass
 class Request:
-    """A prompt on its way: ``tokens`` are its answer so far, without the end token; ``about`` is the caller's.
+    """A prompt on its way: ``tokens`` are its answer so far, without the ``end`` token; ``about`` is the caller's.
 
     ``states`` are the hidden states ``[D]`` that each token (the end token, too) was predicted from, if they are kept.
     """
@@ -28,15 +28,16 @@ class Request:
     max_new_tokens: int
     seed: str = ""
     tokens: list[int] = field(default_factory=list)
-    finished: bool = False
+    end: int | None = None
     states: list[torch.Tensor] = field(default_factory=list)
 
     def take(self, token: int, ends: set[int]) -> bool:
         """Add a token; say whether the answer goes on."""
-        self.finished = token in ends
-        if not self.finished:
+        if token in ends:
+            self.end = token
+        else:
             self.tokens.append(token)
-        return not self.finished and len(self.tokens) < self.max_new_tokens
+        return self.end is None and len(self.tokens) < self.max_new_tokens
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def answer_all(
     temperature: float = 0.0,
     keep_states: bool = False,
 ) -> Iterator[Request]:
-    """Yield requests as they finish. The caller may append further ones to ``waiting`` meanwhile.
+    """Yield requests as they finish. The caller may append more of them to ``waiting`` meanwhile.
 
     Args:
         slots: how many sequences are decoded at once.
@@ -60,10 +61,13 @@ def answer_all(
     sampler = RowSampler(temperature) if temperature else None
     verifier = Verifier(model, slots, capacity, sampler or greedy)
     draft = StaticTree(None, device=verifier.device)
-    ends, active, streams, state = set(eos), [], [], None
+    ends = set(eos)
+    active: list[Request] = []
+    streams: list[torch.Generator] = []
+    state: State | None = None
     while active or waiting:
         free = slots - len(active)
-        if waiting and (free >= max(1, slots // 8) or not active):  # a few prompts are read together
+        if state is None or waiting and free >= max(1, slots // 8):  # a few prompts are read together
             new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             fresh = [stream(request.seed) for request in new]
             if sampler:

@@ -4,47 +4,45 @@ A record becomes ``{"id", "split", "messages"}``. What cannot be used is an erro
 wished, left out and counted.
 """
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import load_dataset
+import pyarrow
+from pyarrow import parquet
 
 from medusa_nb.chat import clean_text
 from medusa_nb.distillation.source_code import split_of
 from medusa_nb.errors import InputError
-from medusa_nb.storage import decode_text, parse_json
+from medusa_nb.storage import read_text
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ENDINGS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet")
+TURNS = ("messages", "conversations", "conversation")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
 Place = tuple[str, object]  # where a record stands, and the record
 
 
-def holds_conversations(path: Path) -> bool:
-    """Whether a path is a file of conversations, or a folder of such files."""
-    if path.is_dir():
-        return not any(path.glob("*.py")) and any(file.name.endswith(ENDINGS) for file in path.iterdir())
-    return path.name.endswith(ENDINGS)
+def conversation_files(path: Path) -> list[Path]:
+    """The files of conversations at a path: itself, or those of a folder, at any depth, that holds no Python source."""
+    if not path.is_dir():
+        return [path] if path.is_file() or path.name.endswith(ENDINGS) else []
+    if any(path.rglob("*.py")):
+        return []
+    found = (file for file in path.rglob("[!.]*") if file.name.endswith(ENDINGS) and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
-def read_conversations(path: Path, on_bad: str = "raise", dropped: Counter | None = None) -> list[dict]:
-    """The conversations of a file, or of all files in a folder.
+def read_conversations(files: list[Path], on_bad: str = "raise", dropped: Counter | None = None) -> list[dict]:
+    """The conversations of these files.
 
     Args:
         on_bad: ``"raise"`` at the first record that cannot be used, or ``"drop"`` it.
         dropped: counts the reasons of those that are left out.
     """
-    files = sorted(f for f in path.iterdir() if f.name.endswith(ENDINGS)) if path.is_dir() else [path]
-    rows = []
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"there is no file '{file}'")
-        stem = file.name.split(".")[0]
-        rows += usable((place for place in _records(file)), stem, str(file), on_bad, dropped)
-    return rows
+    return [
+        row for file in files for row in usable(_records(file), file.name.split(".")[0], str(file), on_bad, dropped)
+    ]
 
 
 def usable(records: Iterable[Place], stem: str, source: str, on_bad: str, dropped: Counter | None) -> list[dict]:
@@ -66,8 +64,16 @@ def usable(records: Iterable[Place], stem: str, source: str, on_bad: str, droppe
 
 
 def conversation(record, source: str, where: str) -> dict:
-    """One row from a ShareGPT (``conversations``, from/value) or messages (role/content) record; null is absent."""
-    turns = _first(record, "messages", "conversations", "conversation") if isinstance(record, dict) else record
+    """One row from a ShareGPT (``conversations``, from/value) or messages (role/content) record; null is absent.
+
+    ``record`` may also be a line of JSON that still has to be read.
+    """
+    if isinstance(record, str):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not valid JSON ({_fault(error)})") from error
+    turns = _first(record, *TURNS) if isinstance(record, dict) else record
     if not isinstance(turns, list):
         raise InputError("no list of turns under 'messages' or 'conversations'")
     read = [_turn(turn) for turn in turns]
@@ -85,7 +91,7 @@ def _turn(turn) -> dict:
         raise InputError(f"a turn is a {type(turn).__name__} instead of a role and a content")
     role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise InputError(f"a turn has the role {str(role)[:40]!r}; {', '.join(dict.fromkeys(ROLES))} are known")
+        raise InputError(f"a turn has the role {str(role)[:40]!r}; {', '.join(ROLES)} are known")
     if isinstance(content, list):
         content = "".join(_text_of(part) for part in content)
     if content is None and ROLES[role.lower()] == "assistant":
@@ -113,35 +119,41 @@ def _first(record: dict, *names: str):
 def _records(file: Path) -> Iterable[Place]:
     """``(place, record)`` of a file; JSON and JSONL are told apart by what is in them."""
     if file.suffix == ".parquet":
-        return enumerated(load_dataset("parquet", data_files=str(file), split="train"), "row", start=0)
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"'{file}' cannot be read: {str(error) or 'it is cut short'}") from error
-    text = decode_text(data, file)
+        return enumerated(_rows_of_parquet(file), "row", start=0)
+    text = read_text(file)
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        if file.name.endswith((".json", ".json.gz")) and not _is_json(lines[0][1] if lines else ""):
-            line = getattr(error, "lineno", 1)
-            raise InputError(
-                f"{file}, line {line}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
-            ) from error
-        return [(f"line {number}", parse_json(line, f"{file}, line {number}", object)) for number, line in lines]
-    if isinstance(value, dict) and not any(name in value for name in ("messages", "conversations", "conversation")):
-        raise InputError(
-            f"{file}: a list of conversations is expected, found an object with {', '.join(value) or 'nothing'}"
-        )
-    return enumerated(value if isinstance(value, list) else [value], "entry", start=1)
+    except (ValueError, RecursionError) as error:
+        if "jsonl" in file.name or "ndjson" in file.name or (lines and _is_json(lines[0][1])):
+            return lines
+        raise InputError(f"{file}, line {getattr(error, 'lineno', 1)}: not valid JSON ({_fault(error)})") from error
+    if isinstance(value, list):
+        return enumerated(value, "entry", start=1)
+    if isinstance(value, dict) and not value.keys() & set(TURNS):
+        names = ", ".join(value) or "nothing"
+        raise InputError(f"{file}: a list of conversations is expected, found an object with {names[:200]}")
+    return [("line 1", value)]
+
+
+def _rows_of_parquet(file: Path) -> list[dict]:
+    try:
+        names = {"id", *TURNS} & set(parquet.read_schema(file).names)
+        return parquet.read_table(file, columns=sorted(names)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"'{file}' cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _fault(error: Exception) -> str:
+    """What the JSON reader tripped over, in a few words."""
+    return getattr(error, "msg", "nested too deeply, or a number too long")
 
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
         return False
-    return True
 
 
 def enumerated(records: Iterable, word: str, start: int) -> Iterable[Place]:

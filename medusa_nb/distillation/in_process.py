@@ -5,12 +5,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 
 from medusa_nb.base_model import context_length, eos_token_ids
-from medusa_nb.chat import accepted_by_template, can_supervise, clean_text, lay_out, prompt_ids, require_chat_template
+from medusa_nb.chat import (
+    accepted_by_template,
+    can_supervise,
+    clean_text,
+    lay_out,
+    prompt_ids,
+    require_chat_template,
+    with_answers,
+)
 from medusa_nb.distillation.batching import Request, answer_all
-from medusa_nb.distillation.records import AnswerFile, is_loop
+from medusa_nb.distillation.records import AnswerFile, Conversation, asked_turns, is_loop
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
 from medusa_nb.storage import portable_name
@@ -71,15 +80,14 @@ def distil(
     made_with = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     made_with |= dict(model=portable_name(model.config.name_or_path))
     with AnswerFile(file, made_with, len(prompts), dropped) as answers:
-        open_rows = [row for row in prompts if row["id"] not in answers.answered | answers.faults.keys()]
         conversations = []
-        for row in open_rows:
+        for row in answers.still_open(prompts):
             try:
-                conversations.append(Conversation(row, tokenizer))
+                conversations.append(OwnConversation(row, tokenizer))
             except InputError as error:
                 answers.drop(row["id"], str(error))
-        can_supervise(tokenizer, [dict(messages=c.asked) for c in conversations])
-        keeper = KeptStates(states, model.get_output_embeddings().weight.shape[1]) if states else None
+        can_supervise(tokenizer, [dict(messages=c.turns) for c in conversations])
+        keeper = KeptStates(states, model) if states else None
         for conversation in answer_conversations(model, tokenizer, conversations, settings, bool(states)):
             if conversation.failure:
                 answers.drop(conversation.id, conversation.failure)
@@ -91,23 +99,31 @@ def distil(
 
 
 def answer_conversations(
-    model, tokenizer, conversations: list["Conversation"], settings: DistillationSettings, keep_states: bool = False
-) -> Iterator["Conversation"]:
+    model, tokenizer, conversations: list["OwnConversation"], settings: DistillationSettings, keep_states: bool = False
+) -> Iterator["OwnConversation"]:
     """Yield conversations as all their turns are answered, or as they fail."""
     rooms = [c.room(settings.max_new_tokens) for c in conversations]
     limits = [n for n in (context_length(model), *rope_switches(model)) if n is not None]
     capacity = min([max(rooms, default=1), *limits])
     waiting: deque[Request] = deque()
 
-    def ask(conversation: Conversation) -> bool:
-        if len(conversation.prompt_ids) + settings.max_new_tokens > capacity:
+    def ask(conversation: OwnConversation) -> bool:
+        """Queue its next question; False if there is none, or it cannot be asked."""
+        if conversation.failure or not conversation.turns:
+            return False
+        try:
+            prompt = prompt_ids(tokenizer, conversation.ask())
+        except InputError as error:
+            conversation.failure = str(error)
+            return False
+        if len(prompt) + settings.max_new_tokens > capacity:
             conversation.failure = "prompt too long for the context"
             return False
         seed = f"{settings.seed}:{conversation.id}:{len(conversation.messages)}"
-        waiting.append(Request(conversation, conversation.prompt_ids, settings.max_new_tokens, seed))
+        waiting.append(Request(conversation, prompt, settings.max_new_tokens, seed))
         return True
 
-    for conversation in sorted(conversations, key=lambda c: len(c.prompt_ids)):
+    for conversation in sorted(conversations, key=lambda c: c.layout_tokens):
         if not ask(conversation):
             yield conversation
     if not waiting:
@@ -115,75 +131,40 @@ def answer_conversations(
     slots, eos = min(settings.batch_size, len(waiting)), eos_token_ids(model, tokenizer)
     for request in answer_all(model, waiting, slots, capacity, eos, settings.temperature, keep_states):
         request.about.take(request)
-        if not request.about.open or not ask(request.about):
+        if not ask(request.about):
             yield request.about
 
 
-class Conversation:
-    """One conversation on its way: the turns still to answer and those answered.
+class OwnConversation(Conversation):
+    """A conversation that the model in this process answers, with all token ids and states of its last answer.
 
     Raises:
         InputError: the chat template rejects it, even with the system turn folded into the first user turn.
     """
 
     def __init__(self, row: dict, tokenizer):
-        self.id, self.split, self.tokenizer = row["id"], row["split"], tokenizer
-        asked = [dict(role=m["role"], content=clean_text(m["content"])) for m in row["messages"]]
-        self.asked = accepted_by_template(tokenizer, [m for m in asked if m["role"] != "assistant"])
-        self.layout_tokens = self._layout_tokens()
-        self.turns = list(self.asked)
-        self.messages: list[dict] = []
-        self.finish_reason, self.failure = "", ""
-        self.prompt_tokens = self.completion_tokens = 0
-        self.loop, self.said, self.states = False, [], []
-        self._next_user_turn()
-
-    def _next_user_turn(self) -> None:
-        while self.turns and self.turns[0]["role"] == "system":
-            self.messages.append(self.turns.pop(0))
-        if self.turns:
-            self.messages.append(self.turns.pop(0))
-        self.prompt_ids = prompt_ids(self.tokenizer, self.messages)
-
-    def _layout_tokens(self) -> int:
-        """Tokens of the whole conversation, laid out with an answer of one letter to every user turn."""
-        turns = []
-        for message in self.asked:
-            turns += [message] if message["role"] != "user" else [message, dict(role="assistant", content="x")]
-        return len(self.tokenizer(lay_out(self.tokenizer, turns), add_special_tokens=False).input_ids)
+        super().__init__(row["id"], row["split"], accepted_by_template(tokenizer, asked_turns(row["messages"])))
+        self.tokenizer, self.failure = tokenizer, ""
+        self.said: list[int] = []
+        self.states: list[torch.Tensor] = []
+        self.answers = sum(turn["role"] == "user" for turn in self.turns)
+        laid_out = lay_out(tokenizer, with_answers(self.turns, "x"))
+        self.layout_tokens = len(tokenizer(laid_out, add_special_tokens=False).input_ids)
 
     def room(self, max_new_tokens: int) -> int:
         """How many tokens the conversation can grow to."""
-        answers = sum(message["role"] == "user" for message in self.asked)
-        return self.layout_tokens + answers * (max_new_tokens + SLACK)
-
-    @property
-    def open(self) -> bool:
-        """True while there is a turn to answer."""
-        return not self.failure and self.messages[-1]["role"] != "assistant"
+        return self.layout_tokens + self.answers * (max_new_tokens + SLACK)
 
     def take(self, request: Request) -> None:
-        """Add the model's answer and move on to the next user turn."""
+        """Add what the model answered."""
         plain, text = (self.tokenizer.decode(request.tokens, skip_special_tokens=skip) for skip in (True, False))
         if not plain.strip():
             self.failure = "empty answer"
         elif plain != text:
             self.failure = "the answer holds special tokens, which a conversation cannot keep apart from its layout"
         else:
-            self.messages.append(dict(role="assistant", content=clean_text(text)))
-            self.finish_reason = "stop" if request.finished else "length"
-            self.prompt_tokens += len(self.prompt_ids)
-            self.completion_tokens += len(request.tokens) + request.finished
-            self.loop = self.loop or is_loop(request.tokens)
-            self.said = request.tokens
-            self.states = request.states if [m["role"] for m in self.asked].count("user") == 1 else []
-            if self.turns:
-                try:
-                    self._next_user_turn()
-                except InputError as error:
-                    self.failure = str(error)
-
-    def record(self) -> dict:
-        """The line that is written."""
-        names = ("id", "split", "messages", "finish_reason", "prompt_tokens", "completion_tokens", "loop")
-        return {name: getattr(self, name) for name in names}
+            self.said = request.tokens if request.end is None else [*request.tokens, request.end]
+            finish = "length" if request.end is None else "stop"
+            message = dict(role="assistant", content=clean_text(text))
+            self.answer(message, finish, len(request.prompt), len(self.said), is_loop(request.tokens))
+            self.states = request.states if self.answers == 1 else []

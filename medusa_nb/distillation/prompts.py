@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, load_dataset
 
-from medusa_nb.distillation.conversations import enumerated, holds_conversations, read_conversations, usable
+from medusa_nb.distillation.conversations import conversation_files, enumerated, read_conversations, usable
 from medusa_nb.distillation.everyday import everyday_questions
 from medusa_nb.distillation.source_code import SPLITS, read_functions, split_of
 from medusa_nb.errors import InputError
@@ -56,8 +56,8 @@ def load_prompts(
     elif source == "everyday":
         questions = everyday_questions()
         rows = [_row(f"everyday:{i}", split_of(topic), text) for i, (topic, text) in enumerate(questions)]
-    elif holds_conversations(path) and path.exists() or path.is_file():
-        rows = read_conversations(path, on_bad, dropped)
+    elif files := conversation_files(path):
+        rows = read_conversations(files, on_bad, dropped)
     elif path.is_dir():
         rows = _from_functions(read_functions(path, path.resolve().name))
     else:
@@ -85,7 +85,7 @@ def first_turn(messages: list[dict]) -> list[dict]:
 
 def with_own_ids(rows: list[dict]) -> list[dict]:
     """The same rows, an id that occurs again told apart by a number."""
-    seen: Counter = Counter()
+    seen: Counter[str] = Counter()
     for row in rows:
         seen[row["id"]] += 1
         if seen[row["id"]] > 1:

@@ -4,20 +4,63 @@ Each line is ``{"id", "split", "messages", "finish_reason", "prompt_tokens", "co
 could not be answered goes by id and reason to ``<file>.dropped``. A run that was killed goes on by id.
 """
 
-import gzip
-import json
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 
+from medusa_nb.chat import clean_text
 from medusa_nb.errors import InputError
 from medusa_nb.progress import progress
-from medusa_nb.storage import append_line, claim, read_lines, sync
+from medusa_nb.storage import append_line, claim, is_claimed, read_lines, sync
 
 SYNC_SECONDS = 2.0  # a killed process loses nothing it has written, a power cut at most this much
-NEEDED = ("id", "split", "messages", "finish_reason", "completion_tokens", "loop")
+RECORD = ("id", "split", "messages", "finish_reason", "prompt_tokens", "completion_tokens", "loop")
+NEEDED = {"id", "split", "messages", "finish_reason", "completion_tokens", "loop"}
+
+
+@dataclass
+class Conversation:
+    """A conversation on its way: the ``turns`` (system and user) still to ask, and the ``messages`` so far."""
+
+    id: str
+    split: str
+    turns: list[dict]
+    messages: list[dict] = field(default_factory=list)
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    loop: bool = False
+
+    def ask(self) -> list[dict]:
+        """Move on to the next user turn; the messages up to it."""
+        end = next(i for i, turn in enumerate(self.turns) if turn["role"] == "user") + 1
+        self.messages, self.turns = self.messages + self.turns[:end], self.turns[end:]
+        return self.messages
+
+    def answer(self, message: dict, finish_reason: str, prompt_tokens: int, completion_tokens: int, loop: bool) -> None:
+        """Add the model's answer to the turn asked last."""
+        self.messages = [*self.messages, message]
+        self.finish_reason = finish_reason
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        self.loop = self.loop or loop
+
+    def record(self) -> dict:
+        """The line that is written once all turns are answered."""
+        return {name: getattr(self, name) for name in RECORD}
+
+
+def asked_turns(messages: list[dict]) -> list[dict]:
+    """The system and user turns of a conversation up to its last user turn."""
+    turns = [dict(role=m["role"], content=clean_text(m["content"])) for m in messages if m["role"] != "assistant"]
+    while turns[-1]["role"] != "user":
+        turns.pop()
+    return turns
 
 
 class AnswerFile:
@@ -36,12 +79,17 @@ class AnswerFile:
         self.file = Path(file)
         if self.file.is_dir():
             raise InputError(f"'{self.file}' is a folder; name a JSONL file for the answers")
+        if self.file.name.endswith(".gz"):
+            raise InputError(f"'{self.file}': answers are written line by line; name a .jsonl file and pack it later")
         self.faults_file = self.file.with_name(self.file.name + ".dropped")
+        ours = is_claimed(self.file)  # else it is somebody's file, not to be repaired
+        self.answered = {row["id"] for row in answers_in(self.file, repair=ours)}
+        self.faults = {row["id"]: row["reason"] for row in read_lines(self.faults_file, repair=ours)}
+        if ours and not self.answered and not self.faults:  # an earlier try that came to nothing binds nobody
+            self.file.unlink(missing_ok=True)
         claim(self.file, settings)
-        self.answered = {row["id"] for row in read_lines(self.file, repair=True)}
-        self.faults = {row["id"]: row["reason"] for row in read_lines(self.faults_file, repair=True)}
         self.total, self.left_out = total, Counter(dropped or {})
-        self.report = dict(answered=0, resumed=len(self.answered), tokens=0, seconds=0.0)
+        self.report: dict[str, Any] = dict(answered=0, resumed=len(self.answered), tokens=0, seconds=0.0)
 
     def __enter__(self) -> "AnswerFile":
         done = len(self.answered) + len(self.faults)
@@ -58,6 +106,17 @@ class AnswerFile:
         tokens, seconds = self.report["tokens"], self.report["seconds"]
         self.report["dropped"] = dict(self.left_out + Counter(self.faults.values()))
         self.report["tokens_per_second"] = tokens / seconds if tokens else 0.0
+
+    def still_open(self, prompts: Dataset) -> list[dict]:
+        """The rows that are neither answered nor known to be unanswerable; those without a user turn are dropped."""
+        done, rows = self.answered | self.faults.keys(), []
+        for row in prompts:
+            if row["id"] not in done:
+                if any(message["role"] == "user" for message in row["messages"]):
+                    rows.append(row)
+                else:
+                    self.drop(row["id"], "the conversation has no user turn")
+        return rows
 
     def add(self, record: dict) -> None:
         """Write an answered conversation."""
@@ -95,23 +154,24 @@ def load_answers(file: str | Path, split: str | None = None, loops: bool = True)
     file = Path(file)
     if not file.is_file():
         raise InputError(f"there is no file '{file}' of answers; 02_self_distillation and `distill` make one")
-    rows = _read_gzip(file) if file.suffix == ".gz" else read_lines(file)
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in NEEDED if name not in row]:
-            what = "a prompt, not an answer" if {"messages", "conversations"} & row.keys() else "no answer"
-            raise InputError(
-                f"{file}, record {number} is {what} (it lacks {', '.join(missing)}); let the model answer first: "
-                f"`medusa-nb distill answers.jsonl --prompts {file.name}`"
-            )
+    rows = answers_in(file)
     rows = [row for row in rows if split in (None, row["split"]) and (loops or not row["loop"])]
     if not rows:
         raise InputError(f"'{file}' holds no answered conversation{f' of the split {split!r}' if split else ''}")
     return rows
 
 
-def _read_gzip(file: Path) -> list[dict]:
-    with gzip.open(file, "rt", encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
+def answers_in(file: Path, repair: bool = False) -> list[dict]:
+    """The records of a file, every one an answered conversation; see :func:`medusa_nb.storage.read_lines`."""
+    rows = read_lines(file, repair)
+    for number, row in enumerate(rows, 1):
+        if missing := sorted(NEEDED - row.keys()):
+            what = "a prompt, not an answer" if {"messages", "conversations"} & row.keys() else "no answer"
+            raise InputError(
+                f"{file}, record {number} is {what} (it lacks {', '.join(missing)}); let the model answer first: "
+                f"`medusa-nb distill answers.jsonl --prompts {file.name}`"
+            )
+    return rows
 
 
 def is_loop(tokens: list[int]) -> bool:

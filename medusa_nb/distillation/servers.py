@@ -10,20 +10,21 @@ import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 
 from medusa_nb.chat import clean_text
-from medusa_nb.distillation.records import AnswerFile, is_loop
+from medusa_nb.distillation.records import AnswerFile, Conversation, asked_turns, is_loop
 from medusa_nb.errors import InputError
 from medusa_nb.storage import write_text
 
-# how servers say that the model ended by itself, or that the limit cut it off (OpenAI, vLLM, llama.cpp, TGI)
-FINISHED = dict(stop="stop", eos_token="stop", stop_sequence="stop", eos="stop", length="length", max_tokens="length")
+# how servers say that the model ended by itself, or that the limit cut it off (OpenAI, vLLM, llama.cpp, TGI, others)
+FINISHED = dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop")
+FINISHED |= dict.fromkeys(("length", "limit", "max_tokens"), "length")
+# what reading an answer of any other shape than the expected one ends in
+UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ServerSettings:
     def __post_init__(self):
         if min(self.max_new_tokens, self.concurrency, self.attempts) < 1 or not self.timeout > 0:
             raise InputError("max_new_tokens, concurrency and attempts are at least 1, and timeout is above 0")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}; choose 0 (greedy) or a number above")
 
 
 class Unanswered(Exception):
@@ -90,71 +93,76 @@ def distil_from_servers(
     settings = settings or ServerSettings()
     if not urls:
         raise InputError("name at least one server, for instance http://127.0.0.1:8000/v1")
+    openai_package()
+    from anyio.from_thread import start_blocking_portal  # comes with openai
+
     made_with = dict(model=model, **{n: getattr(settings, n) for n in ("max_new_tokens", "temperature", "seed")})
-    with AnswerFile(file, made_with, len(prompts), dropped) as answers:
-        waiting = deque(row for row in prompts if row["id"] not in answers.answered)
-        answers.report |= dict(failed={}, servers=Counter())
-        run_anywhere(_answer_all(urls, model, waiting, answers, settings))
-    failed, beside = answers.report["failed"], answers.file.with_name(answers.file.name + ".failed")
+
+    async def main() -> dict:
+        clients = {url: await _client(url, settings) for url in dict.fromkeys(urls)}
+        try:
+            with AnswerFile(file, made_with, len(prompts), dropped) as answers:
+                await _answer_all(clients, model, prompts, answers, settings)
+            return answers.report
+        finally:
+            await asyncio.gather(*(client.close() for client in clients.values()))
+
+    with start_blocking_portal() as portal:  # a loop of its own, for a notebook's is running; Ctrl-C cancels all tasks
+        report = portal.call(main)
+    failed, beside = report["failed"], Path(f"{file}.failed")
     if failed:
         lines = (json.dumps(dict(id=name, reason=reason)) for name, reason in sorted(failed.items()))
         write_text(beside, "\n".join(lines) + "\n")
     else:
         beside.unlink(missing_ok=True)
-    answers.report["servers"] = dict(answers.report["servers"])
-    return answers.report
+    return report
 
 
-def run_anywhere(work: Coroutine):
-    """Run a coroutine to its end, also from a notebook, whose own event loop is running already.
+async def _client(url: str, settings: ServerSettings):
+    """The client of a server that is there.
 
-    Ctrl-C cancels it at once.
+    Raises:
+        InputError: nothing answers at this address, or it wants another key.
     """
-    started: list = []
-
-    async def main():
-        started.append((asyncio.get_running_loop(), asyncio.current_task()))
-        return await work
-
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(asyncio.run, main())
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            for loop, task in started:
-                loop.call_soon_threadsafe(task.cancel)
-            raise
-
-
-async def _answer_all(urls, model: str, waiting: deque, answers: AnswerFile, settings: ServerSettings) -> None:
     openai = openai_package()
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    how = dict(api_key=key, timeout=settings.timeout, max_retries=settings.attempts - 1)
-    clients = {url: openai.AsyncOpenAI(base_url=url, **how) for url in dict.fromkeys(urls)}
+    how = dict(api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=settings.timeout)
     try:
-        for url, client in clients.items():
-            await _say_hello(openai, url, client)
-        lost: dict[str, str] = {}
-        while waiting and len(lost) < len(clients):  # again for what a lost server has handed back
-            there = {url: client for url, client in clients.items() if url not in lost}
-            servers = (_serve(url, client, model, waiting, answers, settings, lost) for url, client in there.items())
-            await asyncio.gather(*servers)
-        answers.report["failed"] |= {row["id"]: "; ".join(lost.values()) for row in waiting}
-    finally:
-        for client in clients.values():
-            await client.close()
+        client = openai.AsyncOpenAI(base_url=url, max_retries=settings.attempts - 1, **how)
+    except Exception as error:  # an address that the HTTP client cannot even split into its parts
+        raise InputError(f"'{url}' is no address of a server: {error}") from error
+    try:
+        await _say_hello(client)
+    except InputError:
+        await client.close()
+        raise
+    return client
 
 
-async def _say_hello(openai, url: str, client) -> None:
-    """Raise :class:`InputError` unless a server answers there."""
+async def _say_hello(client) -> None:
+    openai = openai_package()
     try:
         await client.with_options(max_retries=0, timeout=20).models.list()
     except openai.AuthenticationError as error:
-        raise InputError(f"the server at {url} wants another key; set OPENAI_API_KEY") from error
+        raise InputError(f"the server at {client.base_url} wants another key; set OPENAI_API_KEY") from error
     except openai.APIConnectionError as error:
-        raise InputError(f"nothing answers at {url}; start the server first, or correct the address") from error
-    except (openai.APIError, ValueError, TypeError, AttributeError):
+        raise InputError(
+            f"nothing answers at {client.base_url}; start the server first, or correct the address"
+        ) from error
+    except (openai.APIError, *UNREADABLE):
         pass  # it is there, and has no list of models
+
+
+async def _answer_all(clients: dict, model: str, prompts: Dataset, answers: AnswerFile, settings) -> None:
+    waiting = deque(answers.still_open(prompts))
+    served: Counter[str] = Counter()
+    lost: dict[str, str] = {}
+    answers.report |= dict(failed={}, servers=served)
+    while waiting and len(lost) < len(clients):  # again for what a lost server has handed back
+        there = {url: client for url, client in clients.items() if url not in lost}
+        servers = (_serve(url, client, model, waiting, answers, settings, lost) for url, client in there.items())
+        await asyncio.gather(*servers)
+    answers.report["failed"] |= {row["id"]: "; ".join(lost.values()) for row in waiting}
+    answers.report["servers"] = dict(served)
 
 
 async def _serve(url, client, model, waiting: deque, answers: AnswerFile, settings: ServerSettings, lost: dict) -> None:
@@ -170,7 +178,7 @@ async def _serve(url, client, model, waiting: deque, answers: AnswerFile, settin
                 answers.report["failed"][row["id"]] = str(failure)
             except ConnectionLost:
                 try:
-                    await _say_hello(openai_package(), url, client)
+                    await _say_hello(client)
                     answers.report["failed"][row["id"]] = f"connection lost, {settings.attempts} times"
                 except InputError as error:
                     lost[url] = str(error)
@@ -181,26 +189,14 @@ async def _serve(url, client, model, waiting: deque, answers: AnswerFile, settin
 
 async def _answer(client, model: str, row: dict, settings: ServerSettings) -> dict:
     """The record of one conversation, its turns answered one after the other with the model's own answers."""
-    messages: list[dict] = []
-    record = dict(id=row["id"], split=row["split"], finish_reason="", prompt_tokens=0, completion_tokens=0, loop=False)
-    for turn in row["messages"]:
-        if turn["role"] == "assistant":
-            continue
-        messages.append(dict(role=turn["role"], content=clean_text(turn["content"])))
-        if turn["role"] == "user":
-            text, finish, prompt_tokens, tokens = await _ask(client, model, messages, settings)
-            messages.append(dict(role="assistant", content=text))
-            record["finish_reason"] = finish
-            record["prompt_tokens"] += prompt_tokens
-            record["completion_tokens"] += tokens
-            record["loop"] = record["loop"] or is_loop(pieces(text))
-    if not record["finish_reason"]:
-        raise Unanswered("there is no user turn")
-    return dict(id=row["id"], split=row["split"], messages=messages) | record
+    conversation = Conversation(row["id"], row["split"], asked_turns(row["messages"]))
+    while conversation.turns:
+        conversation.answer(**await _ask(client, model, conversation.ask(), settings))
+    return conversation.record()
 
 
-async def _ask(client, model: str, messages: list[dict], settings: ServerSettings) -> tuple[str, str, int, int]:
-    """One turn's text, how it ended, and its token counts."""
+async def _ask(client, model: str, messages: list[dict], settings: ServerSettings) -> dict:
+    """One turn's answer, see :meth:`Conversation.answer`."""
     openai = openai_package()
     try:
         answer = await client.chat.completions.create(
@@ -210,31 +206,38 @@ async def _ask(client, model: str, messages: list[dict], settings: ServerSetting
             temperature=settings.temperature,
             seed=settings.seed,
         )
+        return _read(answer, settings.max_new_tokens)
     except openai.APITimeoutError as error:  # after the client's own attempts, as below
         raise Unanswered(f"time-out, {settings.attempts} times") from error
     except openai.APIConnectionError as error:
         raise ConnectionLost from error
     except openai.APIStatusError as error:
         raise Unanswered(f"HTTP {error.status_code}: {str(error)[:200]}") from error
-    except (openai.APIError, ValueError, TypeError, AttributeError) as error:
+    except (openai.APIError, *UNREADABLE) as error:
         raise Unanswered("unreadable answer") from error
-    choices = getattr(answer, "choices", None)
-    message = choices[0].message if choices else None
-    if message is None:
-        raise Unanswered("unreadable answer")
-    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None):
-        raise Unanswered(
-            "the server keeps the reasoning apart from the answer, so heads would never learn it; start it without a "
-            "reasoning parser"
-        )
-    text, finish = clean_text(message.content or ""), FINISHED.get(str(choices[0].finish_reason))
-    if finish is None:
-        raise Unanswered(f"finish_reason {choices[0].finish_reason!r}")
+
+
+def _read(answer, max_new_tokens: int) -> dict:
+    choice, usage = answer.choices[0], answer.usage
+    message = choice.message
+    text = clean_text(message.content or "")
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    thought = clean_text(thought)
+    prompt_tokens = int(usage.prompt_tokens or 0) if usage else 0
+    tokens = int(usage.completion_tokens or 0) if usage else len(pieces(thought + text))
+    reason = str(choice.finish_reason or ("stop" if tokens < max_new_tokens else "length")).lower()
+    if reason not in FINISHED:
+        raise Unanswered(f"finish_reason {choice.finish_reason!r}")
     if not text.strip():
-        raise Unanswered("empty answer")
-    usage = answer.usage
-    counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, len(pieces(text)))
-    return text, finish, *counts
+        raise Unanswered("the limit cut it off while it was still reasoning" if thought else "empty answer")
+    said = dict(role="assistant", content=text) | (dict(reasoning_content=thought) if thought else {})
+    return dict(
+        message=said,
+        finish_reason=FINISHED[reason],
+        prompt_tokens=prompt_tokens,
+        completion_tokens=tokens,
+        loop=is_loop(pieces(thought + text)),
+    )
 
 
 def pieces(text: str) -> list[int]:

@@ -5,25 +5,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medusa_nb.storage import append_line, read_lines
+from medusa_nb.base_model import base_fingerprint
+from medusa_nb.storage import append_line, claim, read_lines
 
 
 class KeptStates:
-    """States ``[n, D]`` of answers by the conversation's id: those that each of its n tokens was predicted from.
+    """States ``[n, D]`` of a model's answers by the conversation's id: those that each of its n tokens came from.
 
     ``states.bf16`` holds them one after the other, ``states.jsonl`` says whose they are: id, token ids, first row.
     What a killed process left half-written is cut off.
+
+    Raises:
+        InputError: the folder holds another model's states.
     """
 
-    def __init__(self, folder: str | Path, hidden_size: int):
-        self.folder, self.width = Path(folder), hidden_size
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.index_file, self.file = self.folder / "states.jsonl", self.folder / "states.bf16"
+    def __init__(self, folder: str | Path, model):
+        self.width = model.get_output_embeddings().weight.shape[1]
+        self.index_file, self.file = Path(folder) / "states.jsonl", Path(folder) / "states.bf16"
+        claim(self.file, dict(model=base_fingerprint(model), hidden_size=self.width))
         self.index = {row["id"]: row for row in read_lines(self.index_file, repair=True)}
         self.rows = max((row["start"] + len(row["ids"]) for row in self.index.values()), default=0)
         self.file.touch()
         with self.file.open("r+b") as handle:
-            handle.truncate(self.rows * hidden_size * 2)
+            handle.truncate(self.rows * self.width * 2)
 
     def add(self, identity: str, ids: list[int], states: list[torch.Tensor]) -> None:
         """Keep the states ``[D]`` of one answer, as many as it has tokens."""
