@@ -27,23 +27,27 @@ class Heads(nn.Module, ABC):
         InputError: no head, or ``vocabulary`` is no list of different token ids of the model.
     """
 
+    vocabulary: torch.Tensor | None
+    known_places: torch.Tensor | None  # [V]: where a token's logit stands among the V', -1 for no place
+
     def __init__(self, model, num_heads: int, vocabulary: torch.Tensor | None = None):
         super().__init__()
         if num_heads < 1:
             raise InputError(f"num_heads={num_heads}; at least one head is needed")
         self.num_heads, self.base_name = num_heads, model.config.name_or_path
         self.base = (model,)  # in a tuple, so that it is neither saved nor trained with the heads
-        self.register_buffer("vocabulary", vocabulary)
-        self.register_buffer("known_places", None)
+        known_places = None
         if vocabulary is not None:
-            size, device = self.lm_head.weight.shape[0], self.lm_head.weight.device
-            _refuse_vocabulary(vocabulary, size)
-            self.vocabulary = vocabulary.to(device)
-            self.known_places = torch.full((size,), -1, device=device)
-            self.known_places[self.vocabulary] = torch.arange(len(vocabulary), device=device)
+            weight = self.lm_head.weight
+            _refuse_vocabulary(vocabulary, len(weight))
+            vocabulary = vocabulary.to(weight.device)
+            known_places = vocabulary.new_full((len(weight),), -1)
+            known_places[vocabulary] = torch.arange(len(vocabulary), device=weight.device)
+        self.register_buffer("vocabulary", vocabulary)
+        self.register_buffer("known_places", known_places)
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Linear:
         return self.base[0].get_output_embeddings()
 
     @property
@@ -63,7 +67,7 @@ class Heads(nn.Module, ABC):
     def forward(self, hidden: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
         """Logits of all heads: ``[..., D] -> [K, ..., V']``, given the tokens ``path`` ``[..., K]`` after each state.
 
-        Head k may look at the first k + 1 of them. In training they are the true tokens.
+        Head k can see the first k + 1 of them. In training they are the true tokens.
         """
 
     @abstractmethod
@@ -91,8 +95,8 @@ class Heads(nn.Module, ABC):
         return places if self.vocabulary is None else self.vocabulary[places]
 
     def places(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Where the logits of these token ids stand; -1 for one that is never drafted. Negative ids stay as they are."""
-        if self.vocabulary is None:
+        """Where the logits of these token ids stand; -1 for one that is never drafted. Negative ids stay."""
+        if self.known_places is None:
             return tokens
         return torch.where(tokens < 0, tokens, self.known_places[tokens.clamp(min=0)])
 
@@ -116,6 +120,9 @@ class MedusaHeads(Heads):
         own_projection: give each head its own ``[V, D]`` projection, a copy of lm_head at the start (version 1 of the
             original format), instead of sharing lm_head (version 2).
     """
+
+    rows: torch.Tensor | None
+    projection: nn.Parameter | None
 
     def __init__(
         self,
@@ -141,12 +148,19 @@ class MedusaHeads(Heads):
         return self.weight.shape[1]
 
     def limited_to(self, vocabulary: torch.Tensor) -> "MedusaHeads":
-        """The same heads, sharing their blocks, that draft only these tokens: fewer logits at every step."""
+        """The same heads, sharing their blocks, that draft only these tokens: fewer logits at every step.
+
+        Raises:
+            InputError: these heads do not draft some of the tokens, so there is nothing to share.
+        """
         own = self.projection is not None
         limited = MedusaHeads(self.base[0], self.num_heads, self.num_layers, own, vocabulary)
+        places = self.places(vocabulary.to(self.device))
+        if (places < 0).any():
+            raise InputError(f"these heads do not draft token {vocabulary[places.cpu() < 0][0]}")
         limited.weight, limited.bias, limited.base_name = self.weight, self.bias, self.base_name
-        if own:
-            limited.projection = nn.Parameter(self.projection.detach()[:, self.places(limited.vocabulary)])
+        if self.projection is not None:
+            limited.projection = nn.Parameter(self.projection.detach()[:, places])
         return limited.requires_grad_(self.weight.requires_grad)
 
     def blocks(self, hidden: torch.Tensor, count: int | None = None) -> torch.Tensor:
@@ -165,7 +179,8 @@ class MedusaHeads(Heads):
 
     def forward(self, hidden: torch.Tensor, path: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[K, ..., V']`` from states ``[..., D]``. These heads don't look at ``path``."""
-        return self.project(self.blocks(hidden.flatten(0, -2))).unflatten(1, hidden.shape[:-1])
+        logits = self.project(self.blocks(hidden.reshape(-1, hidden.shape[-1])))
+        return logits.view(len(logits), *hidden.shape[:-1], -1)
 
     def start(self, hidden: torch.Tensor, count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.best(self.project(self.blocks(hidden, count)), width)  # they draft the same after every path

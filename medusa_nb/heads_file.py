@@ -58,70 +58,70 @@ def load_heads(folder: str | Path, model) -> Heads:
 def heads_from(config: dict, file: str | Path, model) -> Heads:
     """Load the heads that ``config`` describes from one file of tensors; see :func:`load_heads`."""
     file = Path(file)
-    if not isinstance(count := config.get("medusa_num_heads"), int):
-        raise InputError(f"the {CONFIG} of '{file.parent}' has no whole number 'medusa_num_heads': no Medusa heads")
-    tensors = _read_tensors(file)
+    count, tensors = _whole_number(config, "medusa_num_heads", file), _read_tensors(file)
     held = len({name.split(".")[0] for name in tensors if name.split(".")[0].isdigit()})
     if held > count:
         warnings.warn(f"the config states {count} heads, {file} holds {held}; using {held}", stacklevel=3)
         count = held
     _refuse_other_base(file.parent, config, tensors, model.get_output_embeddings().weight)
     heads = _empty_heads(config, count, tensors, file, model)
-    expected = {name: tensor.shape for name, tensor in heads.tensors().items()}
+    expected = heads.tensors()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{file} lacks {', '.join(missing)}; save the heads again")
     if extra := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{file} holds {', '.join(extra)}, which {CONFIG} does not mention")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise InputError(f"{file}: {name} has the shape {list(tensors[name].shape)}, {list(shape)} is needed")
-        if not torch.isfinite(tensors[name]).all():
+    for name, tensor in expected.items():
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise InputError(f"{file}: {name} has the shape {list(found.shape)}, {list(tensor.shape)} is needed")
+        if not torch.isfinite(found).all():
             raise InputError(f"{file}: {name} is not finite; the heads were damaged in training, train them again")
-    with torch.no_grad():
-        for name, tensor in heads.tensors().items():
-            tensor.copy_(tensors[name])
+        with torch.no_grad():
+            tensor.copy_(found)
     return heads.requires_grad_(False).eval()
+
+
+def _whole_number(config: dict, name: str, file: Path) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise InputError(f"the {CONFIG} of '{file.parent}' has no whole number '{name}' of 1 or more: no Medusa heads")
+    return value
 
 
 def _empty_heads(config: dict, count: int, tensors: dict, file: Path, model) -> Heads:
     if config.get("sees_path"):
-        vocabulary = tensors.get("vocabulary")
-        stated = config.get("draft_vocabulary_size", config.get("vocab_size"))
-        if (
-            vocabulary is None
-            and stated != config.get("vocab_size")
-            or vocabulary is not None
-            and len(vocabulary) != stated
-        ):
+        vocabulary, every = tensors.get("vocabulary"), config.get("vocab_size")
+        stated = config.get("draft_vocabulary_size", every)
+        if stated != (every if vocabulary is None else len(vocabulary)):
             raise InputError(
                 f"{file} lacks the draft vocabulary of {stated} tokens that {CONFIG} states; save them again"
             )
         return PathHeads(model, count, vocabulary)
-    layers = config.get("medusa_num_layers")
-    if not isinstance(layers, int) or layers < 1:
-        raise InputError(f"the {CONFIG} of '{file.parent}' has no whole number 'medusa_num_layers' of 1 or more")
+    layers = _whole_number(config, "medusa_num_layers", file)
     return MedusaHeads(model, count, layers, own_projection=f"0.{layers}.weight" in tensors)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        if file.suffix == ".pt":
-            return torch.load(file, weights_only=True, map_location="cpu")
-        return load_file(file)
+        old = file.suffix == ".pt"
+        read = torch.load(file, weights_only=True, map_location="cpu") if old else load_file(file)
     except pickle.UnpicklingError as error:
         raise InputError(f"{file} holds more than tensors; nothing in it was executed, and it is refused") from error
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise InputError(f"{file} is damaged or cut short ({error}); save the heads again") from error
+        why = str(error).split("\n")[0]
+        raise InputError(f"{file} is damaged or cut short ({why}); save the heads again") from error
+    if not isinstance(read, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in read.values()):
+        raise InputError(f"{file} does not hold tensors by name; save the heads again")
+    return read
 
 
 def _refuse_other_base(folder: Path, config: dict, tensors: dict, lm_head: torch.Tensor) -> None:
-    vocabulary, hidden = lm_head.shape
     stated = config.get("base_model_name_or_path", "another base model")
-    first = tensors.get("0.0.linear.weight")
-    found = first.shape[-1] if first is not None else config.get("hidden_size", hidden)
-    if found != hidden:
-        raise InputError(f"the heads in '{folder}' are for {stated} (hidden size {found}), this model has {hidden}")
-    own = tensors.get(f"0.{config.get('medusa_num_layers')}.weight")
-    found = own.shape[0] if own is not None else config.get("vocab_size", vocabulary)
-    if found != vocabulary:
-        raise InputError(f"the heads in '{folder}' are for {stated} (vocabulary {found}), this model has {vocabulary}")
+    block, own = tensors.get("0.0.linear.weight"), tensors.get(f"0.{config.get('medusa_num_layers')}.weight")
+    vocabulary, hidden = lm_head.shape
+    for what, found, needed in (
+        ("hidden size", config.get("hidden_size") if block is None else block.shape[-1:].numel(), hidden),
+        ("vocabulary", config.get("vocab_size") if own is None else own.shape[:1].numel(), vocabulary),
+    ):
+        if found not in (None, needed):
+            raise InputError(f"the heads in '{folder}' are for {stated} ({what} {found}), this model has {needed}")

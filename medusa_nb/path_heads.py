@@ -55,7 +55,7 @@ class PathHeads(Heads):
         return self.best(self.head(k, x, self.embed(paths)), width)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {"projection": self.projection}
+        tensors: dict[str, torch.Tensor] = {"projection": self.projection}
         if self.vocabulary is not None:
             tensors["vocabulary"] = self.vocabulary
         for k in range(self.num_heads):
