@@ -1,202 +1,240 @@
-"""Every notebook runs in its smoke form, and is the kind of notebook papermill can be trusted with."""
+"""The seven notebooks: they run in one go, their exercises work, and they keep to the style they were written in."""
 
-import inspect
+import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+import torch.nn.functional as F
 
-from medusa_nb.decoding import Decoder, longest_right_path
-from medusa_nb.errors import InputError
-from medusa_nb.run import check_parameters, execute, find, keep_outputs, notebooks, peak_memory, provenance, walk
-from medusa_nb.site import WIDGET
+from medusa_nb.course import checks, report, run
+from medusa_nb.course.checks import Exercise, NotYet
+from medusa_nb.course.walk import RESULTS
 
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """All notebooks of the walk, executed in order in one work folder."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
-    return work, [execute(notebook, dict(run="smoke", work=str(work)), out) for notebook in walk()]
-
-
-def test_walk_runs_and_records_results(executed):
-    work, done = executed
-    assert [n.name[:2] for n in done] == ["01", "02", "03", "04"]
-    results = json.loads((work / "results.json").read_text())
-    assert {"machine", "latency_ms", "distillation", "data", "training", "accuracy", "speed"} <= results.keys()
-    assert (
-        results["speed"]["float32"]["identical_to_greedy"]["identical"]
-        == results["speed"]["float32"]["identical_to_greedy"]["prompts"]
-    )
-
-
-def later(executed, number: str, tmp_path_factory):
-    """A notebook after the walk, executed on the walk's work folder: the folder and the executed copy."""
-    work, _ = executed
-    return work, execute(find(number), dict(run="smoke", work=str(work)), tmp_path_factory.mktemp("later"))
-
-
-@pytest.fixture(scope="module")
-def benchmark(executed, tmp_path_factory):
-    """The benchmark notebook, executed on what the walk made.
-
-    Its decoders stay eager: compiling them takes minutes, and test_benchmark.py does it on a smaller model.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        return later(executed, "05", tmp_path_factory)
-
-
-def test_benchmark_reports_every_contestant(benchmark):
-    work, _ = benchmark
-    reports = json.loads((work / "benchmark" / "benchmark.json").read_text())
-    for report in reports.values():
-        rows = report["rows"]
-        assert {
-            "model.generate",
-            "our loop, eager",
-            "our loop, compiled",
-            "our loop, library's kernels",
-            "prompt lookup",
-        } < rows.keys()
-        assert len(rows) == 13
-        # only what is compiled, as the blind decoders are, can be taken apart
-        assert ("ms_draft" in rows["Medusa, eager"]) == (report["compile_seconds"] == 0)
-        assert "ms_draft" in rows["+ n-grams in the tree (Medusa)"]
-        for row in rows.values():
-            assert row["identical"]["identical"] == row["identical"]["prompts"] == report["prompts"]
-        assert rows["our loop, compiled"]["vs_loop"] == rows["model.generate"]["vs_generate"] == 1
-    assert "| model.generate |" in (work / "benchmark" / "benchmark.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def exported(executed, tmp_path_factory):
-    """The export notebook, executed on what the walk made."""
-    return later(executed, "07", tmp_path_factory)
-
-
-def test_exports_are_made_and_checked(exported):
-    work, notebook = exported
-    assert {path.name for path in (work / "exports").iterdir()} == {"tgi", "vllm", "model"}
-    text = notebook.read_text()
-    assert "read back as tgi does" in text and "read back as vllm does" in text
-
-
-@pytest.fixture(scope="module")
-def own_model(executed, tmp_path_factory):
-    """The notebook on a model of one's own, with its server and torchrun."""
-    return later(executed, "06", tmp_path_factory)
-
-
-def test_the_road_to_a_model_of_your_own(own_model):
-    work, _ = own_model
-    assert (work / "own_model" / "heads" / "medusa_lm_head.safetensors").is_file()
-    rows = (work / "own_model" / "answers.jsonl").read_text().splitlines()
-    assert len(rows) == len({json.loads(row)["id"] for row in rows}) > 5
-
-
-def test_outputs_are_clean(executed, benchmark, exported, own_model):
-    for path in [*executed[1], benchmark[1], exported[1], own_model[1]]:
-        cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
-        assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
-        outputs = [o for c in cells for o in c.outputs]
-        assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"], path.name
-        assert not [o for o in outputs if WIDGET in o.get("data", {})], f"{path.name}: a live widget"
-        assert path.stat().st_size <= 300_000
-
-
-@pytest.mark.parametrize("notebook", notebooks(), ids=lambda n: n.stem)
-def test_shape_of_a_notebook(notebook):
-    cells = nbformat.read(notebook, 4).cells
-    check_parameters(notebook, {"run": "smoke"})
-    outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
-    assert outputs and not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert not [o for o in outputs if WIDGET in o.get("data", {})]
-    code = [c.source for c in cells if c.cell_type == "code"]
-    assert max(len(source.splitlines()) for source in code) <= 30
-    assert "checks." in "\n".join(code)
-    assert not any(source.lstrip().startswith(("!pip", "%pip")) for source in code)
-
-
-def test_the_step_that_notebook_04_shows_is_todays():
-    cells = nbformat.read(find("04"), 4).cells
-    text = "".join(o.text for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
-    for shown in (Decoder.step, longest_right_path):
-        assert inspect.getsource(shown).strip() in text, "run 'make notebooks': notebook 04 shows older code"
-
-
-def test_the_memory_of_children_is_sampled():
-    code = "x = bytearray(200_000_000); import time; time.sleep(1)"
-    with peak_memory(every=0.05) as peak:
-        subprocess.run([sys.executable, "-c", code], check=True)
-    assert 200_000_000 < peak["bytes"] < 2_000_000_000
-
-
-def test_misspelled_parameter_is_refused():
-    with pytest.raises(InputError, match="no parameter 'sed'"):
-        check_parameters(find("01"), {"sed": 1})
-
-
-def test_unknown_notebook_is_refused():
-    with pytest.raises(InputError, match="no notebook '99'"):
-        find("99")
-
-
-def test_notebook_without_parameters_cell_is_refused(tmp_path):
-    path = tmp_path / "none.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), path)
-    with pytest.raises(InputError, match="0 cells tagged"):
-        check_parameters(path, {})
-
-
-def notebook_of(source: str, folder):
-    """A notebook with a parameters cell, a cell of this source, and one that prints "after"."""
-    parameters = nbformat.v4.new_code_cell("run = 'x'", metadata={"tags": ["parameters"]})
-    cells = [parameters, nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("print('after')")]
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    path = folder / "small.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [("1 / 0", "ZeroDivisionError"), ("import sys\nsys.exit(0)", "ended early|SystemExit")],
+REPOSITORY = Path(__file__).parents[1]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("0*.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LARGEST = 300_000  # bytes of a notebook with its outputs
+MOST_NAMES = {"01": 8, "02": 10, "03": 12, "04": 14}
+SOLUTION = re.compile(r"<details><summary>Solution</summary>(.*?)</details>", re.DOTALL)
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+# an address of this or any machine, and what looks like a key
+PATH = re.compile(
+    r"(?<![\w.])/(?:home|root|work|Users|tmp|usr|opt|var|private)/|[A-Z]:\\\\|(?:hf|sk|ghp|glpat)[_-]\w{16,}"
 )
-def test_failing_cell_is_named(tmp_path, source, message):
-    with pytest.raises(InputError, match=message):
-        execute(notebook_of(source, tmp_path), {}, tmp_path / "out")
+# words that give a translation away, see shared/STYLE.md
+STIFF = re.compile(
+    r"\bdear(er|est)?\b|\bvices?\b|leaves? the house|here and now|la(y|id|ys) out anew|\bfurther ones\b|may look at|"
+    r"\b(is|are) asked about|behind (the|a|its) (first|last|wrong|root|end|answer|token)|\bnothing to guess\b|"
+    r"it must be known",
+    re.IGNORECASE,
+)
 
 
-def test_what_goes_to_a_kernel_is_encrypted(tmp_path):
-    source = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().curve_secretkey"
-    execute(notebook_of(source, tmp_path), {}, tmp_path / "out")
+def read(path: Path):
+    return nbformat.read(path, 4)
 
 
-def test_kept_outputs_have_no_traces_of_papermill(executed, tmp_path, monkeypatch):
-    for notebook in walk():
-        shutil.copy(notebook, tmp_path)
-    monkeypatch.setattr("medusa_nb.run.NOTEBOOKS", tmp_path)
-    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    keep_outputs(executed[1][0].parent, only=["02"])
-    changed = [path.name for path in tmp_path.iterdir() if path.read_text() != before[path.name]]
-    assert changed == ["02_self_distillation.ipynb"]
-    keep_outputs(executed[1][0].parent)
-    for path in walk_of(tmp_path):
-        notebook = nbformat.read(path, 4)
-        assert notebook.metadata["executed_with"] == provenance()
-        assert re.search(r"\*Took \d+ minutes? on two CPU cores, \d\.\d GB of memory", notebook.cells[0].source)
-        tags = [tag for c in notebook.cells for tag in c.metadata.get("tags", [])]
-        code = [c for c in notebook.cells if c.cell_type == "code"]
-        assert tags == ["parameters"]
-        assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+def sources(path: Path, kind: str) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == kind]
 
 
-def walk_of(folder):
-    found = sorted(folder.glob("*.ipynb"))
-    assert len(found) == 4
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def outputs(notebook) -> list:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.mark.slow
+def test_all_seven_run_one_after_the_other(tmp_path, monkeypatch):
+    """One smoke run, as ``medusa-nb run --all --smoke`` does it, and what is made of it afterwards."""
+    monkeypatch.setattr(run, "build_folder", lambda: tmp_path)
+    out = run.run_walk("smoke", every=True)
+    results = json.loads((out / "results.json").read_text())
+    assert results["minutes"].keys() == {path.name[:2] for path in NOTEBOOKS}
+    assert RESULTS.keys() - results.keys() <= {"versions", "distillation"}, "a notebook records nothing"
+    for rows in results["speed"].values():
+        for row in rows.values():
+            assert row["identical"]["identical"] + row["identical"]["ties"] == row["identical"]["prompts"]
+    for path in sorted(out.glob("*.ipynb")):
+        notebook = read(path)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), path.name
+        assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"], path.name
+        assert not [o for o in outputs(notebook) if WIDGET in o.get("data", {})], f"{path.name}: a live widget"
+        assert path.stat().st_size <= LARGEST, path.name
+        assert 0.1 < notebook.metadata["peak_memory_gb"] < 8
+
+    assert "times" not in report.summary(results) and results["run_id"] in report.summary(results)
+    text = report.readme((REPOSITORY / "README.md").read_text(encoding="utf-8"), results)
+    assert "**{:.2f} tokens per pass**".format(results["speed"]["eager"]["full"]["tokens_per_pass"]) in text
+
+    kept = tmp_path / "notebooks"
+    shutil.copytree(REPOSITORY / "notebooks", kept)
+    monkeypatch.setattr(run, "notebooks", lambda: sorted(kept.glob("0*.ipynb")))
+    before = {path.name: [cell.source for cell in read(path).cells] for path in run.notebooks()}
+    run.keep_outputs(out)
+    for path in run.notebooks():
+        notebook = read(path)
+        assert notebook.metadata["medusa_nb"]["run_id"] == results["run_id"]
+        assert re.search(r"\*Takes \d+ minutes? on two CPU cores and \d\.\d GB", notebook.cells[0].source)
+        assert [cell.source for cell in notebook.cells][1:] == before[path.name][1:]
+        tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+        assert tags <= {"parameters", "exercise"} and "papermill" not in notebook.metadata
+        assert not PATH.search(path.read_text(encoding="utf-8")), PATH.search(path.read_text(encoding="utf-8"))
+
+
+def test_committed_outputs_are_of_one_run():
+    runs = {path.name: read(path).metadata.get("medusa_nb", {}).get("run_id") for path in NOTEBOOKS}
+    if not any(outputs(read(path)) for path in NOTEBOOKS):
+        pytest.skip("the notebooks have no outputs yet; make notebooks")
+    assert len(set(runs.values())) == 1 and None not in runs.values(), runs
+    recorded = json.loads((REPOSITORY / "data" / "results.json").read_text())
+    assert runs[NOTEBOOKS[0].name] == recorded["run_id"], "the README's figures are of another run than the outputs"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_a_committed_notebook_is_small_and_clean(path):
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size <= LARGEST
+    assert not PATH.search(text), PATH.search(text)
+    kinds = [(output.output_type, output.get("name")) for output in outputs(read(path))]
+    assert not [kind for kind in kinds if kind[0] == "error" or kind[1] == "stderr"]
+
+
+# Exercises
+
+
+def exercises() -> list[tuple[str, str, str]]:
+    """For each exercise: where it stands, its cell, and the cell of prose above it."""
+    found = []
+    for path in NOTEBOOKS:
+        cells = read(path).cells
+        for number, cell in enumerate(cells):
+            if "exercise" in cell.metadata.get("tags", []):
+                found.append((f"{path.name[:2]}-{number}", cell.source, cells[number - 1].source))
     return found
+
+
+EXERCISES = exercises()
+
+
+def test_every_check_belongs_to_an_exercise_and_every_exercise_has_one():
+    known = {name for name, value in vars(checks).items() if isinstance(value, Exercise)}
+    used = [re.findall(r"checks\.(\w+)\(", source) for _, source, _ in EXERCISES]
+    assert all(len(names) == 1 for names in used) and {names[0] for names in used} == known
+    for path in NOTEBOOKS:
+        loose = [cell for cell in read(path).cells if "checks." in cell.source and cell.cell_type == "code"]
+        assert all("exercise" in cell.metadata.get("tags", []) for cell in loose), f"{path.name}: not tagged"
+
+
+@pytest.mark.parametrize(("source", "prose"), [e[1:] for e in EXERCISES], ids=[e[0] for e in EXERCISES])
+def test_an_exercise_is_blank_and_its_folded_solution_passes(source, prose, capsys):
+    names = {"torch": torch, "F": F, "checks": checks}
+    exec(source, names)  # blank: says whose turn it is, and the run goes on
+    assert "your turn" in capsys.readouterr().out
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    assert ast.unparse(function.body[-1]) in ("...", "return ..."), "the exercise is not blank"
+    folded = SOLUTION.search(prose)
+    assert folded, "there is no folded solution in the cell above"
+    [solution] = BLOCK.findall(folded[1])
+    exec(solution, names)
+    exec(source.splitlines()[-1], names)
+    assert capsys.readouterr().out == "✓ right\n"
+
+
+@pytest.mark.parametrize(("source", "prose"), [e[1:] for e in EXERCISES], ids=[e[0] for e in EXERCISES])
+def test_a_bug_hunt_s_bug_is_found(source, prose):
+    """What the colleague wrote stands beside the blank; taken as the answer it must fail."""
+    shown = re.search(r"the colleague wrote: (.*)", source)
+    if not shown:
+        pytest.skip("not a bug hunt")
+    names = {"torch": torch, "checks": checks}
+    with pytest.raises(NotYet, match="still"):
+        exec(source.replace("return ...", f"return {shown[1]}"), names)
+
+
+# Style
+
+
+def imported(path: Path) -> dict[str, int]:
+    """Names that a notebook imports from the package, and the cell where each comes in."""
+    names: dict[str, int] = {}
+    for number, cell in enumerate(read(path).cells):
+        if cell.cell_type == "code":
+            for node in ast.walk(
+                compile(cell.source, path.name, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            ):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("medusa_nb"):
+                    for alias in node.names:
+                        names.setdefault(alias.asname or alias.name, number)
+    return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=by_name)
+def test_a_notebook_teaches_the_idea_not_the_package(path):
+    names = imported(path)
+    assert len(names) <= MOST_NAMES[path.name[:2]], sorted(names)
+
+
+SPOKEN_OF = {  # names whose work the prose describes in other words
+    "Decoder": "The same with heads",
+    "doctor": "Is this machine ready?",
+    "browse": "Leaf through them",
+    "fingerprint": "*frozen*",
+    "encode_answer": "the tinted tokens are the model's own",
+    "planner": "the speedup to expect",
+    "timing": "tested on the same held-out prompts",
+}
+
+
+def test_an_imported_name_is_spoken_of_where_it_first_comes_in():
+    """The prose next to the cell has the name, the beginning of one of its words, or says it in other words."""
+    known = {"figures"}  # draws what the prose speaks of
+    for path in NOTEBOOKS[:4]:
+        cells, names = read(path).cells, imported(path)
+        for name, number in names.items():
+            near = [cell.source for cell in cells[max(0, number - 2) : number + 3] if cell.cell_type == "markdown"]
+            words = [word[:5].lower() for word in re.findall(r"[A-Z]?[a-z]+", name) if len(word) > 3] or [name]
+            words.append(SPOKEN_OF.get(name, name).lower())
+            spoken_of = any(word in " ".join(near).lower() for word in words)
+            assert name in known or spoken_of, f"{path.name}: nothing is said about {name}"
+        known |= names.keys()
+
+
+@pytest.mark.parametrize("number", ["03", "04"])
+def test_there_is_more_prose_than_code(number):
+    path = next(path for path in NOTEBOOKS if path.name.startswith(number))
+    prose, code = (sum(len(text.split()) for text in sources(path, kind)) for kind in ("markdown", "code"))
+    assert prose >= 1.2 * code, f"{prose} words of prose, {code} of code: {prose / code:.2f}"
+
+
+def test_the_longest_notebook_can_be_walked_in_one_sitting():
+    assert len(read(NOTEBOOKS[3]).cells) <= 60
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_a_notebook_can_be_parametrised_and_installs_nothing(path):
+    assert {"run", "work"} <= run.known_parameters(path)
+    code = sources(path, "code")
+    assert not [source for source in code if source.lstrip().startswith(("!pip", "%pip", "!git"))]
+    assert max(len(source.splitlines()) for source in code) <= 32
+
+
+def pages() -> list[Path]:
+    files = [*NOTEBOOKS, REPOSITORY / "README.md", *(REPOSITORY / "notebooks").glob("*.md")]
+    return files + [*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("data/*.md"), *REPOSITORY.glob("medusa_nb/**/*.py")]
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_no_word_gives_a_translation_away(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in read(path).cells)
+    assert not STIFF.search(text), text[max(0, STIFF.search(text).start() - 60) :][:140]

@@ -58,16 +58,11 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 3600) ->
         InputError: unknown parameter, no kernel, a cell failed (its number and error are named; the copy up to there
             is kept), or a cell did not run.
     """
-    known = known_parameters(notebook)
-    for name in parameters.keys() - known:
-        raise InputError(f"{notebook.name} has no parameter '{name}'; it has {', '.join(sorted(known))}")
+    refuse_unknown(parameters, known_parameters(notebook), notebook.name)
     out.mkdir(parents=True, exist_ok=True)
     target = out / notebook.name
-    kernel_environment = {HEADLESS: "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-    before = {name: os.environ.get(name) for name in kernel_environment}
-    os.environ.update(kernel_environment)
     try:
-        with peak_memory() as peak:
+        with peak_memory() as peak, kernel_environment():
             papermill.execute_notebook(
                 str(notebook),
                 str(target),
@@ -85,9 +80,8 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 3600) ->
         ) from error
     except NoSuchKernel as error:
         raise InputError("there is no Jupyter kernel 'python3'; install ipykernel into this environment") from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    except (RuntimeError, TimeoutError) as error:  # the kernel died, did not start, or a cell took too long
+        raise InputError(f"{notebook.name} was not finished: {' '.join(str(error).split())}") from error
     executed = nbformat.read(target, 4)
     executed.metadata["peak_memory_gb"] = round(peak["bytes"] / 1e9, 2)
     nbformat.write(executed, target)
@@ -97,6 +91,24 @@ def execute(notebook: Path, parameters: dict, out: Path, timeout: int = 3600) ->
                 f"{notebook.name} ended early: a cell did not run; it starts with {cell.source.splitlines()[0]!r}"
             )
     return target
+
+
+def refuse_unknown(parameters: dict, known: set[str], where: str) -> None:
+    """Raise :class:`InputError` for a parameter that ``where`` has not."""
+    for name in parameters.keys() - known:
+        raise InputError(f"{where} has no parameter '{name}'; it has {', '.join(sorted(known))}")
+
+
+@contextmanager
+def kernel_environment() -> Iterator[None]:
+    """What kernels inherit: nobody watches, and the network stays closed unless it was opened by hand."""
+    before = os.environ.copy()
+    os.environ.update({HEADLESS: "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
@@ -130,12 +142,9 @@ def run_walk(
     """
     out, work = build_folder() / "run" / run, build_folder() / "walk" / run
     chosen = [find(name) for name in only] if only else [n for n in notebooks() if every or n.stem.startswith(WALK)]
-    if not chosen:
-        raise InputError("there is no notebook to run; clone the repository again")
     known = {notebook: known_parameters(notebook) for notebook in chosen}
-    wanted, everything = parameters or {}, set().union(*known.values())
-    for name in wanted.keys() - everything:
-        raise InputError(f"no notebook of this run has a parameter '{name}'; they have {', '.join(sorted(everything))}")
+    wanted = parameters or {}
+    refuse_unknown(wanted, set().union(*known.values()), "this run")
     if not only:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)

@@ -22,9 +22,8 @@ def conversation_html(row: dict) -> str:
 def conversation_text(row: dict) -> str:
     """The same as plain text."""
     turns = [f"{message['role']}:\n{message['content']}" for message in row["messages"]]
-    return f"[{row['id']} · {row.get('completion_tokens', 0)} tokens · {row.get('finish_reason', '')}]\n" + "\n\n".join(
-        turns
-    )
+    facts = f"[{row['id']} · {row.get('completion_tokens', 0)} tokens · {row.get('finish_reason', '')}]"
+    return f"{facts}\n" + "\n\n".join(turns)
 
 
 def select(rows: list[dict], finish_reason: str = ANY, loops: str = ANY, tokens: tuple[int, int] = (0, 10**9)) -> list:

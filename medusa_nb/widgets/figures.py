@@ -1,58 +1,46 @@
 """The figures of the walk. Each shows one thing and takes plain numbers."""
 
-from collections import Counter
+import statistics
+from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas
 import torch
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from medusa_nb.tree import Tree
 from medusa_nb.widgets.style import BASE, HEADS, MUTED, OURS, drafted_by, in_order, ink, show, tint, visible
 
-MONO = dict(family="monospace")
+MONO: dict[str, Any] = dict(family="monospace")
 CHARACTER = 0.0724  # inches: the width of a monospaced character at 8.65 points
 
 
 def tokens(pieces: list[str], groups: list[int | None], names: dict | None = None, width: int = 84) -> None:
     """Tokens in a row, monospaced, tinted by group (a head's number, -1 for copied, None for no tint)."""
-    show(draw_tokens(pieces, groups, names, width), token_text(pieces, groups))
-
-
-def token_text(pieces: list[str], groups: list[int | None]) -> str:
-    """The same as plain text: tinted tokens in brackets."""
-    return "".join(piece if group is None else f"[{piece}]" for piece, group in zip(pieces, groups, strict=True))
-
-
-def draw_tokens(
-    pieces: list[str],
-    groups: list[int | None],
-    names: dict | None = None,
-    width: int = 84,
-    title: str = "",
-    lines: int | None = None,
-):
-    """The figure of :func:`tokens`; with a ``title`` in place of the legend, and room for so many ``lines``."""
-    cells = _cells(pieces, width)
-    lines = lines or 1 + max((line for _, line, _, _ in cells), default=0)
-    figure = plt.figure(figsize=(width * CHARACTER, 0.19 * (lines + 1.8)))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(lines + 0.3, -1.5))
-    axes.axis("off")
-    for token, line, left, text in cells:
-        fill = tint(groups[token])
-        axes.add_patch(Rectangle((left, line - 0.45), len(text), 0.9, fc=fill, ec="#ffffff", lw=0.8))
-        color = "#aaaaaa" if text == "⏎" else "#222222"
-        axes.text(left, line, text, va="center", fontsize=8.65, color=color, **MONO)
-    if title:
-        axes.text(0, -1.0, title, va="center", fontsize=9, weight="bold", color="#222222")
-        return figure
+    figure, axes = draw_tokens(pieces, groups, width)
     left = 0
     for group in in_order(groups):
         name = (names or {}).get(group, drafted_by(group))
         axes.add_patch(Rectangle((left, -1.4), len(name) + 1, 0.9, fc=tint(group), ec="#cccccc", lw=0.6))
         axes.text(left + 0.5, -0.95, name, va="center", fontsize=8, color="#222222")
         left += len(name) + 3
-    return figure
+    pairs = zip(pieces, groups, strict=True)
+    show(figure, "".join(piece if group is None else f"[{piece}]" for piece, group in pairs))
+
+
+def draw_tokens(pieces: list[str], groups: list[int | None], width: int, lines: int | None = None) -> tuple:
+    """Figure and axes of :func:`tokens` without its legend, with room for so many ``lines``."""
+    cells = _cells(pieces, width)
+    lines = lines or lines_of(pieces, width)
+    figure = plt.figure(figsize=(width * CHARACTER, 0.19 * (lines + 1.8)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(lines + 0.3, -1.5))
+    axes.axis("off")
+    for token, line, left, text in cells:
+        axes.add_patch(Rectangle((left, line - 0.45), len(text), 0.9, fc=tint(groups[token]), ec="#ffffff", lw=0.8))
+        color = "#aaaaaa" if text == "⏎" else "#222222"
+        axes.text(left, line, text, va="center", fontsize=8.65, color=color, **MONO)
+    return figure, axes
 
 
 def _cells(pieces: list[str], width: int) -> list[tuple[int, int, int, str]]:
@@ -76,28 +64,24 @@ def lines_of(pieces: list[str], width: int) -> int:
     return 1 + max((line for _, line, _, _ in _cells(pieces, width)), default=0)
 
 
-def timeline(tokens_per_pass: float = 3.0) -> None:
+def timeline() -> None:
     """Plain decoding against speculative decoding: passes along a time axis, tokens above them."""
     figure, axes = plt.subplots(figsize=(6.4, 2.1))
     words = ["def", "write", "_", "json", "(", "path", ",", "data", ")"]
     for i, word in enumerate(words):
         axes.add_patch(Rectangle((i, 1.25), 0.94, 0.5, fc="#e6e6e6", ec=BASE, lw=0.8))
         axes.text(i + 0.47, 1.5, word, ha="center", va="center", fontsize=8, **MONO)
-    left, at, group = 0.0, 0, max(2, round(tokens_per_pass))
-    while at < len(words):
-        part = words[at : at + group]
-        axes.add_patch(Rectangle((left, 0.15), 1.12, 0.5, fc="#cfe3f1", ec=OURS, lw=0.8))
-        axes.text(left + 0.56, 0.4, " ".join(part), ha="center", va="center", fontsize=6.3, **MONO)
-        left, at = left + 1.18, at + group
+    for i in range(3):
+        axes.add_patch(Rectangle((1.18 * i, 0.15), 1.12, 0.5, fc="#cfe3f1", ec=OURS, lw=0.8))
+        part = " ".join(words[3 * i : 3 * i + 3])
+        axes.text(1.18 * i + 0.56, 0.4, part, ha="center", va="center", fontsize=6.3, **MONO)
     axes.text(-0.15, 1.5, "plain", ha="right", va="center")
     axes.text(-0.15, 0.4, "speculative", ha="right", va="center")
     axes.annotate("", (9.3, -0.15), (0, -0.15), arrowprops=dict(arrowstyle="->", color=BASE))
     axes.text(9.3, -0.38, "time: one box is one pass over all weights", ha="right", va="center", fontsize=8, color=BASE)
     axes.set(xlim=(-1.6, 9.5), ylim=(-0.6, 2))
     axes.axis("off")
-    show(
-        figure, "Plain decoding: one pass for each of nine tokens. Speculative: three wider passes, three tokens each."
-    )
+    show(figure, "Plain decoding: one pass for each of nine tokens. Speculative: three wider passes of three tokens.")
 
 
 def trunk_and_heads(num_heads: int = 4) -> None:
@@ -106,9 +90,8 @@ def trunk_and_heads(num_heads: int = 4) -> None:
     centre = num_heads / 2
 
     def box(x, y, text, color, width=0.86):
-        axes.add_patch(
-            FancyBboxPatch((x - width / 2, y - 0.2), width, 0.4, boxstyle="round,pad=0.02", fc=color, ec=BASE)
-        )
+        frame = dict(boxstyle="round,pad=0.02", fc=color, ec=BASE)
+        axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.2), width, 0.4, **frame))
         axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=ink(color))
 
     box(centre, 0, "… the text up to token t", "#f2f2f2", 2.6)
@@ -125,9 +108,7 @@ def trunk_and_heads(num_heads: int = 4) -> None:
     axes.text((num_heads + 1) / 2, 3.38, "draft tokens", ha="center", fontsize=8, color=BASE)
     axes.set(xlim=(-0.6, num_heads + 0.6), ylim=(-0.3, 3.6))
     axes.axis("off")
-    show(
-        figure, f"The base model turns the text into a hidden state; lm_head gives token t+1, {num_heads} heads t+2 on."
-    )
+    show(figure, f"The base model turns the text into a hidden state; lm_head gives t+1, {num_heads} heads t+2 on.")
 
 
 def label_grid(pieces: list[str], num_heads: int = 3) -> None:
@@ -139,10 +120,9 @@ def label_grid(pieces: list[str], num_heads: int = 3) -> None:
         axes.text(-0.1, row, name, ha="right", va="center", fontsize=8.5)
         for t in range(len(pieces)):
             there = t + row < len(pieces)
+            word = visible(pieces[t + row]) if there else "·"
             axes.add_patch(Rectangle((t, row - 0.42), 0.96, 0.84, fc=color if there else "#ffffff", ec="#dddddd"))
-            axes.text(
-                t + 0.48, row, visible(pieces[t + row]) if there else "·", ha="center", va="center", fontsize=8, **MONO
-            )
+            axes.text(t + 0.48, row, word, ha="center", va="center", fontsize=8, **MONO)
     for t in range(len(pieces)):
         axes.text(t + 0.48, -0.75, f"t={t}", ha="center", fontsize=7.5, color=MUTED)
     axes.set(xlim=(-1.1, len(pieces)), ylim=(len(rows) - 0.4, -1))
@@ -175,7 +155,11 @@ def tree(parents: list[int], labels: list[str], accepted: list[int] | None = Non
         accepted: numbers of the accepted nodes; all others are pale.
         bonus: the token the base model says after the accepted path, the "+1".
     """
-    tree, labels, bonus = Tree.from_parents(parents), [visible_label(label) for label in labels], visible(bonus) if bonus else ""
+    tree, labels, bonus = (
+        Tree.from_parents(parents),
+        [visible_label(label) for label in labels],
+        bonus and visible(bonus),
+    )
     rows = rows_of(tree)
     height = max(2.0, 0.27 * (max(rows) + 2.2))
     left, right = 1.25 * (tree.depth + 1) + (0.6 if bonus else 0), 0.21 * len(tree) + 1.3
@@ -237,46 +221,40 @@ def draw_mask(axes, tree: Tree, labels: list[str]) -> None:
     axes.axis("off")
 
 
-def latency(curves: dict[str, dict[int, float]], read: float | None = None, mark: int | None = None) -> None:
+def listed(values: dict, scale: float = 1) -> str:
+    """Numbers with their names, for descriptions."""
+    return ", ".join(f"{name} {value * scale:.2f}" for name, value in values.items())
+
+
+def latency(curves: dict[str, dict[int, float]], read: float | None = None) -> None:
     """t(n) in milliseconds for one or several loops, with the time of reading all weights once as a line."""
     figure, axes = plt.subplots()
-    styles = zip((MUTED, OURS, HEADS[4]), curves.items(), strict=False)
-    for color, (name, curve) in styles:
-        widths = list(curve)
-        axes.plot(widths, [curve[n] * 1e3 for n in widths], "o-", ms=3.5, color=color)
-        axes.annotate(f" {name}", (widths[-1], curve[widths[-1]] * 1e3), color=color, va="center")
+    most = max(max(curve) for curve in curves.values())
+    for color, (name, seconds) in zip((MUTED, OURS, HEADS[4]), curves.items(), strict=False):
+        times = [value * 1e3 for value in seconds.values()]
+        axes.plot(list(seconds), times, "o-", ms=3.5, color=color)
+        axes.annotate(f" {name}", (max(seconds), times[-1]), color=color, va="center")
     if read:
         axes.axhline(read * 1e3, color=HEADS[2], lw=1.2, ls="--")
-        axes.annotate(
-            "reading all weights once", (1, read * 1e3), (1, read * 1e3), va="bottom", color=HEADS[2], fontsize=8.5
-        )
-    if mark:
-        axes.axvline(mark, color=HEADS[1], lw=1)
-        axes.annotate(f" {mark} nodes", (mark, 0.5), color=HEADS[1], fontsize=8.5)
-    most = max(max(curve) for curve in curves.values())
+        axes.text(1, read * 1e3, "reading all weights once", va="bottom", color=HEADS[2], fontsize=8.5)
     axes.set(xlabel="n, tokens in one pass", ylabel="milliseconds", ylim=(0, None), xlim=(0, most * 1.22))
-    written = "; ".join(
-        f"{name}: " + ", ".join(f"t({n}) {t * 1e3:.1f}" for n, t in c.items()) for name, c in curves.items()
-    )
-    show(
-        figure,
-        f"Milliseconds of a pass over n tokens. {written}" + (f"; reading weights {read * 1e3:.1f}" if read else ""),
-    )
+    written = "; ".join(f"{name}: {listed(seconds, 1e3)}" for name, seconds in curves.items())
+    weights = f"; reading all weights {read * 1e3:.2f}" if read else ""
+    show(figure, f"Milliseconds of a pass over n tokens. {written}{weights}")
 
 
 def lengths(counts: list[int], limit: int) -> None:
     """How long answers are, with the median and the limit."""
     figure, axes = plt.subplots()
     axes.hist(counts, bins=range(0, limit + 8, 8), color=OURS)
-    median = sorted(counts)[len(counts) // 2]
+    median = statistics.median_high(counts)
     axes.axvline(median, color=HEADS[4], lw=1.2)
-    top = axes.get_ylim()[1]
-    axes.annotate(f" median {median}", (median, top * 0.95), color=HEADS[4])
+    axes.annotate(f" median {median}", (median, axes.get_ylim()[1] * 0.95), color=HEADS[4])
     axes.set(xlabel="answer length (tokens)", ylabel="answers", xlim=(0, limit + 8))
     show(figure, f"{len(counts)} answers of at most {limit} tokens, median {median}")
 
 
-def training(log: list[dict], num_heads: int, uniform: float | None = None):
+def training(log: list[dict], num_heads: int, uniform: float | None = None) -> None:
     """Loss and top-1 of every head over the training steps; ``uniform`` is the loss of guessing blindly, ln V."""
     figure = plt.figure(figsize=(7.6, 2.7))
     draw_training(figure, log, num_heads, uniform)
@@ -288,16 +266,15 @@ def training(log: list[dict], num_heads: int, uniform: float | None = None):
 def draw_training(figure, log: list[dict], num_heads: int, uniform: float | None = None) -> None:
     """The same on a figure that is already there."""
     panels = figure.subplots(1, 2)
-    for axes, name, label in zip(
-        panels, ("loss", "top1"), ("cross entropy (nats)", "top-1 on training batches"), strict=True
-    ):
+    labels = dict(loss="cross entropy (nats)", top1="top-1 on training batches")
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for k in range(num_heads):
-            points = [(r["step"], r[f"head{k}_{name}"]) for r in log if f"head{k}_{name}" in r]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, color=HEADS[k % len(HEADS)], lw=0.5, alpha=0.4)
-                axes.plot(steps, smooth(values), color=HEADS[k % len(HEADS)], lw=1.6)
-                axes.annotate(f" head {k}", (steps[-1], smooth(values)[-1]), color=HEADS[k % len(HEADS)], fontsize=8)
+            points = {r["step"]: r[f"head{k}_{name}"] for r in log if f"head{k}_{name}" in r}
+            smooth, color = pandas.Series(points, dtype=float).rolling(7, min_periods=1).mean(), HEADS[k % len(HEADS)]
+            axes.plot(list(points), list(points.values()), color=color, lw=0.5, alpha=0.4)
+            axes.plot(smooth, color=color, lw=1.6)
+            for step, value in smooth[-1:].items():
+                axes.annotate(f" head {k}", (step, value), color=color, fontsize=8)
         axes.set(xlabel="training step", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.set_xlim(right=axes.get_xlim()[1] * 1.16)
@@ -305,14 +282,6 @@ def draw_training(figure, log: list[dict], num_heads: int, uniform: float | None
         panels[0].axhline(uniform, color=MUTED, ls="--", lw=1)
         panels[0].annotate("uniform: ln V", (log[0]["step"], uniform), va="bottom", color="#777777", fontsize=8)
     figure.tight_layout()
-
-
-def smooth(values, span: int = 7) -> list[float]:
-    """A running mean over the last ``span`` values."""
-    return [
-        sum(values[max(0, i - span + 1) : i + 1]) / len(values[max(0, i - span + 1) : i + 1])
-        for i in range(len(values))
-    ]
 
 
 def grouped(
@@ -324,61 +293,41 @@ def grouped(
     """
     names = list(next(iter(groups.values())))
     figure, axes = plt.subplots(figsize=(max(3.6, 1.1 + 0.62 * len(groups) * len(names)), 2.9))
-    colors = (MUTED, OURS, HEADS[4], HEADS[2], HEADS[1])
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        values = [group.get(name, 0.0) for group in groups.values()]
-        places = [g + i * width for g in range(len(groups))]
-        axes.bar(places, values, width * 0.92, color=colors[i], label=name)
-        for place, value, group in zip(places, values, groups, strict=True):
-            if interval := (errors or {}).get(group, {}).get(name):
-                axes.plot([place, place], interval, color="#222222", lw=1)
-                value = max(value, interval[1])
-            axes.text(place, value, f"{groups[group].get(name, 0):.2f}", ha="center", va="bottom", fontsize=8)
+        color = (MUTED, OURS, HEADS[4], HEADS[2], HEADS[1])[i]
+        for place, (group, values) in enumerate(groups.items()):
+            if name not in values:
+                continue
+            at, value = place + i * width, values[name]
+            interval = (errors or {}).get(group, {}).get(name, ())
+            axes.bar(at, value, width * 0.92, color=color, label="" if place else name)
+            axes.plot([at] * len(interval), interval, color="#222222", lw=1)
+            axes.text(at, max(value, *interval, 0), f"{value:.2f}", ha="center", va="bottom", fontsize=8)
     if baseline is not None:
         axes.axhline(baseline, color=BASE, lw=1, ls="--")
     axes.set_xticks([g + 0.4 - width / 2 for g in range(len(groups))], list(groups))
     axes.set_ylabel(ylabel)
     axes.grid(axis="x", visible=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=len(names))
-    written = "; ".join(f"{g}: " + ", ".join(f"{n} {v:.2f}" for n, v in values.items()) for g, values in groups.items())
-    show(figure, f"{ylabel}. {written}")
+    show(figure, f"{ylabel}. " + "; ".join(f"{group}: {listed(values)}" for group, values in groups.items()))
 
 
 def ladder(values: dict[str, float], unit: str, errors: dict | None = None) -> None:
     """Labelled horizontal bars, one idea after the other, what each adds in a darker shade."""
     figure, axes = plt.subplots(figsize=(5.6, 0.36 * len(values) + 0.7))
-    names, before = list(values), 0.0
-    for row, name in enumerate(names):
-        value = values[name]
+    before = next(iter(values.values()))
+    for row, (name, value) in enumerate(values.items()):
+        gain, interval = max(0.0, value - before), (errors or {}).get(name, ())
         axes.barh(row, value, 0.62, color="#cfe3f1")
-        gain = max(0.0, value - before) if row else 0.0
         axes.barh(row, gain, 0.62, left=value - gain, color=OURS)
-        if interval := (errors or {}).get(name):
-            axes.plot(interval, [row, row], color="#222222", lw=1)
-            value = max(value, interval[1])
-        axes.text(value, row, f"  {values[name]:.2f}", va="center", fontsize=8.5)
-        before = values[name]
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=unit, ylim=(len(names) - 0.5, -0.5), xlim=(0, max(values.values()) * 1.15))
+        axes.plot(interval, [row] * len(interval), color="#222222", lw=1)
+        axes.text(max(value, *interval, 0), row, f"  {value:.2f}", va="center", fontsize=8.5)
+        before = value
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5), xlim=(0, max(values.values()) * 1.15))
     axes.grid(axis="y", visible=False)
-    show(figure, f"{unit}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
-
-
-def passes(counts: dict[str, list[int]]) -> None:
-    """How many tokens the passes of each series emitted, as shares."""
-    figure, axes = plt.subplots()
-    width = 0.8 / len(counts)
-    for i, (name, values) in enumerate(counts.items()):
-        tally, color = Counter(values), (OURS, HEADS[1], HEADS[2])[i]
-        numbers = range(1, max(tally) + 1)
-        axes.bar(
-            [n + i * width for n in numbers], [tally[n] / len(values) for n in numbers], width, color=color, label=name
-        )
-    axes.set(xlabel="tokens emitted by one pass", ylabel="share of passes")
-    axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8, loc="upper right")
-    show(figure, "; ".join(f"{n}: {sum(v) / len(v):.2f} tokens per pass on average" for n, v in counts.items()))
+    show(figure, f"{unit}: {listed(values)}")
 
 
 def curve(points: dict[float, float], xlabel: str, ylabel: str, errors: dict | None = None, log: bool = False) -> None:
@@ -386,8 +335,8 @@ def curve(points: dict[float, float], xlabel: str, ylabel: str, errors: dict | N
     figure, axes = plt.subplots()
     axes.plot(list(points), list(points.values()), "o-", color=OURS, ms=4)
     for x, y in points.items():
-        if interval := (errors or {}).get(x):
-            axes.plot([x, x], interval, color=OURS, lw=1)
+        interval = (errors or {}).get(x, ())
+        axes.plot([x] * len(interval), interval, color=OURS, lw=1)
         axes.annotate(f"{y:.2f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log:
@@ -395,4 +344,4 @@ def curve(points: dict[float, float], xlabel: str, ylabel: str, errors: dict | N
         axes.set_xticks(list(points), [f"{x:,.0f}" for x in points])
         axes.minorticks_off()
     axes.margins(y=0.18)
-    show(figure, f"{ylabel} by {xlabel}: " + ", ".join(f"{x:g}: {y:.2f}" for x, y in points.items()))
+    show(figure, f"{ylabel} by {xlabel}: {listed(points)}")

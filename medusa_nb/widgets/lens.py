@@ -1,5 +1,6 @@
 """The head lens: choose a token of an answer and see what each head predicted from there."""
 
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -69,29 +70,21 @@ class Lens:
 
     def sentence(self, place: int) -> str:
         """How far into the future the hidden state knew."""
-        predictions, right = self.predictions(place), 0
-        while right < len(predictions) and predictions[right].rank == 0:
-            right += 1
-        near = sum(p.rank is not None for p in predictions)
+        ranks = [prediction.rank for prediction in self.predictions(place)]
+        right = len(list(takewhile(lambda rank: rank == 0, ranks)))
+        near = sum(rank is not None for rank in ranks)
         return (
-            f"After {self.word(self.ids[self.start + place])}, {right} of {len(predictions)} heads in a row are right; "
+            f"After {self.word(self.ids[self.start + place])}, {right} of {len(ranks)} heads in a row are right; "
             f"{near} have the true token among their best {self.count}."
         )
 
     def html(self, place: int) -> str:
         """The answer with the chosen token outlined and the tokens its heads knew tinted; below, all predictions."""
-        cells = []
-        for i, (piece, group) in enumerate(zip(self.pieces, self.groups(place), strict=True)):
-            cells.append((piece, group, "outline:2px solid #222" if i == place else ""))
-        rows = [
-            dict(
-                name=f"head {k}",
-                true=self.word(p.true),
-                best=[(self.word(i), f"{chance:.0%}", k if i == p.true else None) for i, chance in p.best],
-            )
-            for k, p in enumerate(self.predictions(place))
-        ]
-        return render("lens", cells=cells, rows=rows, sentence=self.sentence(place))
+        cells, rows = list(zip(self.pieces, self.groups(place), strict=True)), []
+        for k, p in enumerate(self.predictions(place)):
+            best = [(self.word(i), f"{chance:.0%}", k if i == p.true else None) for i, chance in p.best]
+            rows.append((f"head {k}", best, self.word(p.true)))
+        return render("lens", cells=cells, chosen=place, rows=rows, sentence=self.sentence(place))
 
 
 def head_lens(model, heads: Heads, tokenizer, row: dict, shown: int = 12) -> Lens:

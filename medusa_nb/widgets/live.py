@@ -1,6 +1,5 @@
-"""What the live widgets share: HTML from templates, and showing it where somebody watches."""
+"""What the live widgets share: HTML from templates, and whether somebody watches."""
 
-from IPython.display import HTML, display
 from jinja2 import Environment, PackageLoader
 
 from medusa_nb.progress import is_headless
@@ -19,11 +18,6 @@ def tokens_html(pieces: list[str], groups: list[int | None], names: dict | None 
     """Tokens in a row, tinted by group; ``names`` are what the legend calls the groups."""
     legend = [(group, (names or {}).get(group, drafted_by(group))) for group in in_order(groups)]
     return render("tokens", cells=list(zip(pieces, groups, strict=True)), legend=legend)
-
-
-def show_html(html: str) -> None:
-    """Show HTML in a notebook."""
-    display(HTML(html))
 
 
 def watched() -> bool:

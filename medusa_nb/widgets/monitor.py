@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -23,8 +24,10 @@ class TrainingMonitor(TrainerCallback):
     """
 
     def __init__(self, num_heads: int):
-        self.num_heads, self.log, self.stopped = num_heads, [], False
-        self.drawing, self.drawn_at, self.image = 0.0, 0.0, None
+        self.num_heads, self.stopped = num_heads, False
+        self.log: list[dict] = []
+        self.drawing = self.drawn_at = 0.0
+        self.image: Any = None  # a widget, where somebody watches
 
     async def watch(self, train: Callable[..., dict], *arguments) -> dict:
         """``await`` this in a cell: ``train(*arguments, [self])`` in a thread of its own.

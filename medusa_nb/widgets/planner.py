@@ -27,21 +27,20 @@ def planned(counts: Counter, latency: dict[int, float], draft: float, flatness: 
     return speedups
 
 
-def draw_plan(axes, curve: dict[int, float], size: int, name: str = "") -> None:
+def draw_plan(axes, curve: dict[int, float], size: int) -> None:
     """Expected speedup against tree size; the best size and the chosen one are marked."""
-    best = max(curve, key=curve.get)
+    best = max(curve, key=lambda n: curve[n])
     axes.plot(list(curve), list(curve.values()), "o-", ms=3.5, color=OURS)
     axes.plot([best], [curve[best]], "o", ms=9, mfc="none", mec=HEADS[4], mew=1.6)
     axes.annotate(f"best: {best} nodes, {curve[best]:.2f} ×", (best, curve[best]), xytext=(4, 8),
                   textcoords="offset points", color=HEADS[4], fontsize=8.5)  # fmt: skip
     if size != best:
         axes.plot([size], [curve[size]], "s", ms=6, color=HEADS[1])
-        axes.annotate(
-            f"{curve[size]:.2f} ×", (size, curve[size]), xytext=(4, -12), textcoords="offset points", fontsize=8.5
-        )
+        chosen = f"{curve[size]:.2f} ×"
+        axes.annotate(chosen, (size, curve[size]), xytext=(4, -12), textcoords="offset points", fontsize=8.5)
     axes.axhline(1, color=MUTED, lw=1, ls="--")
     axes.annotate("no gain", (max(curve), 1), ha="right", va="bottom", color=BASE, fontsize=8)
-    axes.set(xlabel="nodes in the tree", ylabel=f"expected speedup{name}", ylim=(0, max(curve.values()) * 1.25))
+    axes.set(xlabel="nodes in the tree", ylabel="expected speedup", ylim=(0, max(curve.values()) * 1.25))
 
 
 def planner(counts: Counter, latency: dict[int, float], draft: float, size: int = 16) -> dict[int, float]:
@@ -49,16 +48,14 @@ def planner(counts: Counter, latency: dict[int, float], draft: float, size: int 
     curve = planned(counts, latency, draft)
     if not watched():
         figure, axes = plt.subplots()
-        draw_plan(axes, curve, max(curve, key=curve.get))
+        draw_plan(axes, curve, max(curve, key=lambda n: curve[n]))
         show(figure, "Expected speedup by nodes: " + ", ".join(f"{n}: {v:.2f}" for n, v in curve.items()))
         return curve
     import ipywidgets
 
     wide = dict(style={"description_width": "15em"}, layout={"width": "36em"})
     nodes = ipywidgets.SelectionSlider(options=list(latency), value=size, description="nodes in the tree", **wide)
-    slope = ipywidgets.FloatSlider(
-        value=1, min=0, max=8, step=0.1, description="cost of width, 1 = as measured", **wide
-    )
+    slope = ipywidgets.FloatSlider(value=1, max=8, description="cost of width, 1 = as measured", **wide)
     figure, axes = plt.subplots()
     plt.close(figure)
     image, words = ipywidgets.Image(format="png", layout={"max_width": "560px"}), ipywidgets.HTML()

@@ -2,11 +2,13 @@
 
 import io
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from IPython.display import display
 from PIL import Image
@@ -15,7 +17,7 @@ from medusa_nb.decoding import Decoder, cut_at_end
 from medusa_nb.errors import InputError
 from medusa_nb.widgets import figures
 from medusa_nb.widgets.live import render, watched
-from medusa_nb.widgets.style import BASE, MUTED, OURS, drafted_by, in_order, show
+from medusa_nb.widgets.style import BASE, HEADS, MUTED, OURS, drafted_by, in_order, show
 
 FRAME = 0.05  # seconds between two pictures of a running race
 
@@ -34,7 +36,7 @@ class Lane:
     def until(self, clock: float | None) -> tuple[list[tuple[str, int | None]], str]:
         """Tokens and drafters up to a time on its clock, and the facts about them."""
         clock = self.seconds if clock is None else min(self.seconds, clock)
-        shown, passes = (sum(t <= clock for t in moments) for moments in (self.times, self.passes))
+        shown, passes = (bisect_right(moments, clock) for moments in (self.times, self.passes))
         facts = [f"{clock:.1f} s", f"{shown} tokens"]
         if passes > 1:  # the prompt's pass and its one token do not count
             facts.append(f"{(shown - 1) / (passes - 1):.2f} per pass")
@@ -46,11 +48,8 @@ Lanes = dict[str, Lane]
 
 def picture(lanes: Lanes, clock: float | None = None) -> str:
     """All lanes side by side, as HTML."""
-    shown = []
-    for lane in lanes.values():
-        cells, facts = lane.until(clock)
-        shown.append(dict(name=lane.name, cells=cells, facts=facts))
     groups = in_order(group for lane in lanes.values() for group in lane.drafted_by)
+    shown = [(lane.name, *lane.until(clock)) for lane in lanes.values()]
     return render("lanes", lanes=shown, legend=[(group, drafted_by(group)) for group in groups])
 
 
@@ -168,40 +167,32 @@ def replay(lanes: Lanes, view):
 def plot(lanes: Lanes) -> None:
     """Tokens over time for every lane, the prompt's pass marked."""
     figure, axes = plt.subplots()
-    for i, lane in enumerate(lanes.values()):
-        color = OURS if i else MUTED
-        axes.step([0, *lane.times], range(len(lane.times) + 1), where="post", color=color)
-        axes.annotate(
-            f" {lane.name}: {lane.seconds:.1f} s", (lane.times[-1], len(lane.times)), color=color, va="center"
-        )
+    for color, lane in zip((MUTED, OURS, HEADS[2]), lanes.values(), strict=False):
+        count, ended = len(lane.times), f" {lane.name}: {lane.seconds:.1f} s"
+        axes.step([0, *lane.times], range(count + 1), where="post", color=color)
+        axes.annotate(ended, (lane.times[-1], count), color=color, va="center")
         axes.plot(lane.passes[0], 1, "o", ms=4, color=color)
-    axes.annotate(
-        "prompt read", (lane.passes[0], 1), xytext=(12, 2), textcoords="offset points", fontsize=8, color=BASE
-    )
+    axes.annotate("prompt read", (lane.passes[0], 1), (12, 2), textcoords="offset points", fontsize=8, color=BASE)
     axes.set(xlabel="seconds on its own clock", ylabel="tokens", ylim=(0, None))
     axes.set_xlim(0, max(lane.seconds for lane in lanes.values()) * 1.45)
     show(figure, "; ".join(f"{n}: {len(lane.pieces)} tokens in {lane.seconds:.1f} s" for n, lane in lanes.items()))
 
 
 def animation(lanes: Lanes, file: Path, frames: int = 60, width: int = 46) -> None:
-    """Write the race as an animated GIF that plays in real time: all lanes one below the other."""
+    """Write the race as an animated GIF that plays in real time: all lanes side by side."""
     end, pictures = max(lane.seconds for lane in lanes.values()), []
     height = max(figures.lines_of(lane.pieces, width) for lane in lanes.values())
     for frame in range(frames + 1):
         images = []
         for lane in lanes.values():
             cells, facts = lane.until(end * frame / frames)
-            pieces, groups = (list(part) for part in zip(*cells, strict=True)) if cells else ([""], [None])
-            figure = figures.draw_tokens(pieces, groups, title=f"{lane.name}: {facts}", width=width, lines=height)
+            figure, axes = figures.draw_tokens([c[0] for c in cells], [c[1] for c in cells], width, height)
+            axes.text(0, -1.0, f"{lane.name}: {facts}", va="center", fontsize=9, weight="bold", color="#222222")
             data = io.BytesIO()
             figure.savefig(data, format="png", dpi=110, bbox_inches=None)
             plt.close(figure)
             images.append(Image.open(data).convert("RGB"))
-        whole = Image.new("RGB", (sum(i.width for i in images) + 16 * (len(images) - 1), images[0].height), "#ffffff")
-        left = 0
-        for image in images:
-            whole.paste(image, (left, 0))
-            left += image.width + 16
+        whole = Image.fromarray(np.hstack([np.asarray(image) for image in images]))
         pictures.append(whole.quantize(48))
     durations = [round(1000 * end / frames)] * frames + [2500]
     pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)

@@ -1,22 +1,22 @@
 """Leaf through the passes of one answer: what was drafted, how likely it was, and which path was accepted."""
 
+from collections.abc import Sequence
+
 import torch
 from IPython.display import display
 
-from medusa_nb.decoding import Decoder, Step
+from medusa_nb.decoding import Decoder
 from medusa_nb.tree import Tree
 from medusa_nb.widgets import figures
 from medusa_nb.widgets.live import render, watched
 from medusa_nb.widgets.style import BASE, HEADS, ink, visible
 
-ROW, LETTER = 24, 6.8  # pixels of the SVG: height of a row of nodes, width of a letter
-
 
 class Passes:
     """The passes over one prompt ``[T]``, and what each candidate was worth to the head that drafted it."""
 
-    def __init__(self, decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_tokens: int, eos: list[int] = ()):
-        self.heads, self.tokenizer = decoder.draft.heads, tokenizer
+    def __init__(self, decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_tokens: int, eos: Sequence[int] = ()):
+        self.heads, self.tokenizer = decoder.draft.heads, tokenizer  # type: ignore[attr-defined]
         result = decoder.generate([prompt], max_new_tokens, eos_token_id=list(eos))[0]
         first, *self.steps = result.steps
         self.words = [tokenizer.decode(first.emitted), *(tokenizer.decode(step.emitted) for step in self.steps)]
@@ -33,21 +33,14 @@ class Passes:
     def tree(self, number: int) -> Tree:
         return Tree.from_parents(self.steps[number].parents)
 
-    def path(self, tree: Tree, node: int) -> list[int]:
-        """The numbers of a node's ancestors, the root first."""
-        above = []
-        while (node := tree.parents[node]) >= 0:
-            above.insert(0, node)
-        return above
-
     @torch.no_grad()
     def chances(self, number: int) -> list[float | None]:
         """The probability its head gave each candidate; None for the root, and for what its head never drafts."""
         step, tree, heads = self.steps[number], self.tree(number), self.heads
         hidden = self.hidden[self.roots[number] - 1].to(heads.dtype)
         result: list[float | None] = [None]
-        for node in range(1, len(tree)):
-            above = [step.tokens[i] for i in self.path(tree, node)]
+        for node, sees in enumerate(tree.mask()[1:], 1):
+            above = [step.tokens[i] for i in sees[:node].nonzero()[:, 0].tolist()]  # its ancestors, the root first
             k, place = len(above) - 1, int(heads.places(torch.tensor(step.tokens[node], device=hidden.device)))
             if k >= heads.num_heads or place < 0:
                 result.append(None)
@@ -79,7 +72,7 @@ class Passes:
 
     def bonus(self, number: int) -> str:
         """The token that the base model says after the accepted path."""
-        step: Step = self.steps[number]
+        step = self.steps[number]
         return visible(self.tokenizer.decode(step.emitted[-1:])) if len(step.emitted) == len(step.path) else ""
 
     def plot(self, number: int) -> None:
@@ -89,53 +82,21 @@ class Passes:
 
     def html(self, number: int) -> str:
         """A pass as a picture that answers to pointer and keyboard."""
-        tree, (labels, notes) = self.tree(number), self.labels(number)
-        rows, mask, accepted = figures.rows_of(tree), tree.mask(), self.steps[number].path
-        depths = [len(ranks) for ranks in tree.paths]
-        widths = [max(len(t) for t, d in zip(labels, depths, strict=True) if d == at) for at in range(tree.depth + 1)]
-        lefts = [sum(w * LETTER + 40 for w in widths[:at]) for at in range(tree.depth + 1)]
-        nodes = []
-        for node, parent in enumerate(tree.parents):
-            kept = node in accepted
-            fill = (HEADS[(depths[node] - 1) % len(HEADS)] if node else BASE) if kept else "#eeeeee"
-            x, y = round(lefts[depths[node]]), round(rows[node] * ROW + 4)
-            edge = ""
-            if parent >= 0:
-                right, start = (
-                    round(lefts[depths[parent]] + len(labels[parent]) * LETTER + 10),
-                    round(rows[parent] * ROW + 13),
-                )
-                edge = f"M{right} {start} C{right + 18} {start} {x - 18} {y + 9} {x} {y + 9}"
-            above = " ".join(f"u{n}" for n in range(len(tree)) if mask[n, node])  # lit when a node below is
-            nodes.append(
-                dict(
-                    x=x,
-                    y=y,
-                    width=round(len(labels[node]) * LETTER + 10),
-                    fill=fill,
-                    edge=edge,
-                    above=above,
-                    ink=ink(fill) if kept else "#555555",
-                    line=fill if kept else "#bbbbbb",
-                    label=labels[node],
-                    note=notes[node],
-                    mask=mask[node].tolist(),
-                )  # fmt: skip
-            )
-        left = round(max(map(len, labels)) * LETTER + 8)
-        return render(
-            "tree",
-            title=self.title(number),
-            nodes=nodes,
-            width=round(lefts[-1] + widths[-1] * LETTER + 14),
-            height=round((max(rows) + 1) * ROW + 8),
-            mask_left=left,
-            mask_width=left + len(tree) * 16 + 6,
-        )
+        tree, accepted = self.tree(number), self.steps[number].path
+        mask, rows = tree.mask(), figures.rows_of(tree)
+        nodes: list[dict] = []
+        for node, (label, note) in enumerate(zip(*self.labels(number), strict=True)):
+            depth, kept = len(tree.paths[node]), node in accepted
+            fill = (HEADS[(depth - 1) % len(HEADS)] if node else BASE) if kept else "#eeeeee"
+            look = dict(fill=fill, ink=ink(fill) if kept else "#555555", line=fill if kept else "#bbbbbb")
+            below = mask[:, node].nonzero()[:, 0].tolist()
+            place = dict(depth=depth, row=rows[node], parent=tree.parents[node], below=below, mask=mask[node].tolist())
+            nodes.append(dict(label=label, note=note, **look, **place))
+        return render("tree", title=self.title(number), nodes=nodes, longest=max(len(node["label"]) for node in nodes))
 
 
 def step_through(
-    decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_tokens: int, eos: list[int] = (), shown: int = 3
+    decoder: Decoder, tokenizer, prompt: torch.Tensor, max_new_tokens: int, eos: Sequence[int] = (), shown: int = 3
 ) -> Passes:
     """A slider over the passes of one answer; the pass numbered ``shown`` is the static picture."""
     passes = Passes(decoder, tokenizer, prompt, max_new_tokens, eos)
