@@ -47,7 +47,7 @@ site: $(VENV)/.walk
 	$(BIN)/medusa-nb site build/site
 
 shipped: $(VENV)/.walk
-	$(BIN)/python -m medusa_nb.course.shipped
+	$(BIN)/python data/make_shipped.py
 
 # writing the splits also fails if the plugin cannot be imported: axolotl would train the base model without it
 axolotl: $(VENV)/.walk $(AXOLOTL)/.installed

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from medusa_nb.base_model import base_fingerprint
-from medusa_nb.storage import append_line, claim, read_lines
+from medusa_nb.storage import append_line, claim, is_claimed, read_lines
 
 
 class KeptStates:
@@ -22,6 +22,8 @@ class KeptStates:
     def __init__(self, folder: str | Path, model):
         self.width = model.get_output_embeddings().weight.shape[1]
         self.index_file, self.file = Path(folder) / "states.jsonl", Path(folder) / "states.bf16"
+        if not is_claimed(self.file):  # of an earlier version, which did not count end tokens
+            self.index_file.unlink(missing_ok=True)
         claim(self.file, dict(model=base_fingerprint(model), hidden_size=self.width))
         self.index = {row["id"]: row for row in read_lines(self.index_file, repair=True)}
         self.rows = max((row["start"] + len(row["ids"]) for row in self.index.values()), default=0)

@@ -1,5 +1,9 @@
-"""What ships in ``data/``, made by one command (``make shipped``): answers to all prompts, heads, the curve over data."""
+"""What ships beside this file, made by one command (``make shipped``): answers, heads, the curve over data.
 
+``--limit 40 --out FOLDER`` is a short run of the same code that leaves what ships alone.
+"""
+
+import argparse
 import gzip
 import json
 import shutil
@@ -16,7 +20,7 @@ from medusa_nb.distillation.records import load_answers
 from medusa_nb.heads_file import CONFIG, WEIGHTS, load_heads
 from medusa_nb.measurement.machine import machine
 from medusa_nb.measurement.timing import Timing, tokens_interval
-from medusa_nb.storage import build_folder, require_repository, write_json
+from medusa_nb.storage import build_folder, write_json
 from medusa_nb.training.calibration import FILE, Calibration
 from medusa_nb.training.options import HeadTraining
 from medusa_nb.training.train import train
@@ -26,40 +30,31 @@ SHARES = (1 / 16, 1 / 4, 1)  # of the training answers, for the curve
 EPOCHS = 3
 
 
-def make() -> dict:
-    """Answer all prompts, train both kinds of heads on all of the answers and on parts, and measure them."""
-    root, work = require_repository("making what ships"), build_folder() / "shipped"
+def make(out: Path, limit: int | None) -> dict:
+    """Answer the prompts, train both kinds of heads on all of the answers and on parts, and measure them."""
+    work = build_folder() / "shipped" if limit is None else out / "work"
     model, tokenizer = load_base_model()
-    report = dict(machine=machine(), dtype=dtype_name(model.dtype), answers={}, heads={})
+    report: dict = dict(machine=machine(), dtype=dtype_name(model.dtype), answers={}, heads={})
     for source in ("stdlib", "everyday"):
-        distil(
-            model,
-            tokenizer,
-            load_prompts(source),
-            work / f"{source}.jsonl",
-            DistillationSettings(),
-            states=work / "states",
-        )
-        rows = load_answers(work / f"{source}.jsonl")
-        report["answers"][source] = describe(rows)
-        target = root / "data" / "answers" / f"{source}.jsonl.gz"
+        file, prompts = work / f"{source}.jsonl", load_prompts(source, limit=limit)
+        distil(model, tokenizer, prompts, file, DistillationSettings(), states=work / "states")
+        report["answers"][source] = describe(load_answers(file))
+        target = out / "answers" / f"{source}.jsonl.gz"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (work / f"{source}.jsonl").open("rb") as plain, gzip.GzipFile(target, "wb", 9, mtime=0) as packed:
+        with file.open("rb") as plain, gzip.GzipFile(target, "wb", 9, mtime=0) as packed:
             shutil.copyfileobj(plain, packed)
     for name, kind in KINDS.items():
         report["heads"][name] = {}
         for share in SHARES:
             folder = work / f"{name}_{round(1 / share)}"
             trained = train_share(model, tokenizer, work, folder, kind, share)
-            figures = dict(
-                conversations=trained["conversations"], positions=trained["positions"], accuracy=trained["accuracy"]
-            )
+            figures = {figure: trained[figure] for figure in ("conversations", "positions", "accuracy")}
             report["heads"][name][f"{share:g}"] = figures | measure(model, tokenizer, folder, work / "stdlib.jsonl")
-        target = root / "data" / "heads" / name
+        target = out / "heads" / name
         target.mkdir(parents=True, exist_ok=True)
-        for file in (CONFIG, WEIGHTS, FILE):
-            shutil.copy(folder / file, target / file)
-    write_json(root / "data" / "shipped.json", report)
+        for file_name in (CONFIG, WEIGHTS, FILE):
+            shutil.copy(folder / file_name, target / file_name)
+    write_json(out / "shipped.json", report)
     return report
 
 
@@ -73,7 +68,7 @@ def describe(rows: list[dict]) -> dict:
 
 
 def train_share(model, tokenizer, work: Path, folder: Path, kind: str, share: float) -> dict:
-    """Train heads on a share of the training answers, every so-manieth one."""
+    """Train heads on a share of the training answers, evenly spread."""
     rows = load_answers(work / "stdlib.jsonl")
     train_rows = [row for row in rows if row["split"] == "train"][:: round(1 / share)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,4 +103,10 @@ def measure(
 
 
 if __name__ == "__main__":
-    make()
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--limit", type=int, help="at most this many prompts of each source; needs --out")
+    options.add_argument("--out", type=Path, help="where to put it, by default data/")
+    given = options.parse_args()
+    if given.limit and not given.out:
+        options.error("--limit would replace what ships by a short run; name another folder with --out")
+    make(given.out or Path(__file__).parent, given.limit)
