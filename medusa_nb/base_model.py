@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -50,13 +49,13 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
         model = _load_weights(source, config, dict(dtype=dtype, use_safetensors=True) | trust | loading)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # files, missing packages, code of the model's own: all are the model's fault
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"cannot load a base model from '{source}': {first_line}") from error
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows, known = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1) + 1
+    if known > rows:
         raise InputError(
-            f"the tokenizer of '{source}' knows {len(tokenizer)} tokens and the model only {rows}; "
+            f"the tokenizer of '{source}' knows {known} tokens and the model only {rows}; "
             "load the tokenizer it was trained with, or resize its embeddings and train them"
         )
     if "device_map" not in loading:
@@ -66,19 +65,21 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
 
 def _load_weights(source: str, config, arguments: dict) -> nn.Module:
     """The model with torch's own attention, or its own where it does not support that; every weight must be there."""
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, config=config, attn_implementation="sdpa", output_loading_info=True, **arguments
+
+    def load(attention: str):
+        return AutoModelForCausalLM.from_pretrained(
+            source, config=config, attn_implementation=attention, output_loading_info=True, **arguments
         )
+
+    try:
+        model, found = load("sdpa")
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, config=config, attn_implementation="eager", output_loading_info=True, **arguments
-        )
+        model, found = load("eager")
     for what, names in (("lacks", found["missing_keys"]), ("has the wrong shape for", found["mismatched_keys"])):
         if names:
-            listed = ", ".join(sorted(map(str, names))[:3])
+            listed = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in names)[:3])
             raise InputError(f"the file of weights in '{source}' {what} {listed}; download or save the model again")
     return model
 
@@ -99,9 +100,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def suitable_device() -> torch.device:
     """The first accelerator if there is one, else the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def suitable_dtype(device: torch.device | str) -> torch.dtype:
