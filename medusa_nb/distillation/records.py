@@ -23,6 +23,30 @@ RECORD = ("id", "split", "messages", "finish_reason", "prompt_tokens", "completi
 NEEDED = {"id", "split", "messages", "finish_reason", "completion_tokens", "loop"}
 
 
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What answers depend on: ``max_new_tokens`` per turn, ``temperature`` (0 is greedy), ``seed`` of random numbers.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}; choose 0 (greedy) or a number above")
+        for name, value in vars(self).items():
+            if name not in ("temperature", "seed") and not value > 0:
+                raise InputError(f"{name}={value}; it has to be above 0")
+
+    def made_with(self, model: str) -> dict:
+        """The note beside a file of answers."""
+        return dict(model=model, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
+
+
 @dataclass
 class Conversation:
     """A conversation on its way: the ``turns`` (system and user) still to ask, and the ``messages`` so far."""
@@ -163,6 +187,11 @@ def load_answers(file: str | Path, split: str | None = None, loops: bool = True)
 
 def answers_in(file: Path, repair: bool = False) -> list[dict]:
     """The records of a file, every one an answered conversation; see :func:`medusa_nb.storage.read_lines`."""
+    if starts_a_list(file):
+        raise InputError(
+            f"{file} is one JSON list, as ShareGPT's files are, and holds no answers of this model; let it answer "
+            f"first: `medusa-nb distill answers.jsonl --prompts {file.name}`"
+        )
     rows = read_lines(file, repair)
     for number, row in enumerate(rows, 1):
         if missing := sorted(NEEDED - row.keys()):
@@ -172,6 +201,14 @@ def answers_in(file: Path, repair: bool = False) -> list[dict]:
                 f"`medusa-nb distill answers.jsonl --prompts {file.name}`"
             )
     return rows
+
+
+def starts_a_list(file: Path) -> bool:
+    """Whether the text of a file starts with a bracket."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as handle:
+        return handle.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def is_loop(tokens: list[int]) -> bool:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from medusa_nb.drafting import GrowingTree
+from medusa_nb.drafting import GrowingTree, StaticTree
 from medusa_nb.errors import InputError
 from medusa_nb.heads import Heads
 from medusa_nb.ngrams import ngram_worth
+from medusa_nb.path_heads import PathHeads
 from medusa_nb.storage import read_json, write_json
 from medusa_nb.training.features import encode_answer
 from medusa_nb.tree import Tree, build_tree, count_ranks
@@ -43,6 +44,12 @@ class Calibration:
     def growing_tree(self, heads: Heads, size: int, copy: bool = True) -> GrowingTree:
         """A tree of ``size`` nodes that grows at every step, with (``copy``) or without copied tokens."""
         return GrowingTree(heads, size, ngram_worth=self.ngram_worth if copy else None)
+
+    def draft(self, heads: Heads, size: int) -> StaticTree | GrowingTree:
+        """What suits these heads: a growing tree for those that see the path, else the static one."""
+        if isinstance(heads, PathHeads):
+            return self.growing_tree(heads, size)
+        return StaticTree(heads, self.tree(size), heads.device)
 
     def save(self, folder: str | Path) -> None:
         """Write ``calibration.json`` into the heads' folder."""
