@@ -1,31 +1,26 @@
-"""One self-contained Python file from the modules of this package that decode with heads."""
+"""One self-contained Python file from what this package's ``custom_generate`` needs of its modules."""
 
 import ast
-import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# In the order in which they need each other; None: the whole module.
-PARTS: dict[str, set[str] | None] = {
-    "errors": None,
-    "private": None,
-    "storage": {"read_text", "decode_text", "read_json", "parse_json", "_NAMES"},
-    "base_model": {
-        *("context_length", "as_ids", "_HandThrough", "logits_of", "base_fingerprint", "weights_state", "dtype_name")
-    },
-    "tree": {"Ranks", "Tree", "ROOT_ONLY"},
-    "ngrams": {"ngram_tokens"},
-    "heads": None,
-    "path_heads": None,
-    "heads_file": {"WEIGHTS", "CONFIG", "heads_from", "_empty_heads", "_read_tensors", "_refuse_other_base"},
-    "kv_cache": None,
-    "drafting": None,
-    "verification": None,
-    "sampling": {"Sampler"},
-    "compilation": None,
-    "decoding": None,
-    "export.custom_generate": None,
-}
+# in the order in which they need each other
+PARTS = (
+    *("errors", "private", "storage", "base_model", "tree", "ngrams", "heads", "path_heads", "heads_file"),
+    *(
+        "kv_cache",
+        "drafting",
+        "logits",
+        "rope",
+        "verification",
+        "sampling",
+        "packing",
+        "compilation",
+        "stopping",
+        "decoding",
+        "export.custom_generate",
+    ),
+)
 HEADER = '''"""Decoding with Medusa heads for transformers' ``custom_generate``.
 
 Written by ``medusa-nb export`` from the modules of the package; change those, not this file.
@@ -35,44 +30,49 @@ Needs torch, transformers and safetensors. Licence: Apache-2.0.
 
 
 def bundle() -> str:
-    """The source of ``custom_generate/generate.py``."""
-    modules: dict[str, set[str]] = {}  # what to import from where; the module itself under ""
-    bodies = []
-    for name, wanted in PARTS.items():
-        source = (PACKAGE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    """The source of ``custom_generate/generate.py``: ``generate``, and all that it needs directly or indirectly."""
+    imports: dict[str, str] = {}  # by the name that each binds
+    definitions: dict[str, ast.stmt] = {}  # by the names that each defines
+    texts: dict[ast.stmt, str] = {}
+    for part in PARTS:
+        source = (PACKAGE / f"{part.replace('.', '/')}.py").read_text(encoding="utf-8")
         for node in ast.parse(source).body:
-            if isinstance(node, ast.Import):
-                modules.setdefault("", set()).update(ast.unparse(alias) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                if not node.module.startswith("medusa_nb"):
-                    modules.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
-            elif not is_docstring(node) and (wanted is None or wanted & names_of(node)):
-                bodies.append(text_of(node, source))
-    code = "\n\n\n".join(bodies)
-    lines = []
-    for module, names in sorted(modules.items()):
-        used = sorted(name for name in names if re.search(rf"\b{bound_name(name)}\b", code))
-        if module:
-            lines += [f"from {module} import {', '.join(used)}"] if used else []
-        else:
-            lines += [f"import {name}" for name in used]
-    return "\n".join([HEADER, *lines]) + "\n\n\n" + code + "\n"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", "")
+                if not module.startswith("medusa_nb"):
+                    start = f"from {module} import" if module else "import"
+                    imports |= {bound_name(alias): f"{start} {ast.unparse(alias)}" for alias in node.names}
+            else:
+                definitions |= dict.fromkeys(defined_names(node), node)
+                texts[node] = text_of(node, source)
+    used, asked = set(), ["generate"]
+    while asked:
+        name = asked.pop()
+        if name not in used:
+            used.add(name)
+            asked += names_in(definitions[name]) if name in definitions else []
+    kept = {definitions[name] for name in used & definitions.keys()}
+    lines = sorted({line for name, line in imports.items() if name in used and name not in definitions})
+    bodies = [text for node, text in texts.items() if node in kept]
+    return "\n".join([HEADER, *lines]) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
 
 
-def bound_name(alias: str) -> str:
+def bound_name(alias: ast.alias) -> str:
     """The name that ``a.b`` or ``a as b`` binds."""
-    return alias.split(" as ")[1] if " as " in alias else alias.split(".")[0]
+    return alias.asname or alias.name.split(".")[0]
 
 
-def is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+def defined_names(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement defines: one, or several."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
-def names_of(node: ast.stmt) -> set[str]:
-    """The names a top-level statement defines."""
-    if isinstance(node, ast.Assign):
-        return {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return {getattr(node, "name", "")}
+def names_in(node: ast.stmt) -> list[str]:
+    """The names that a statement uses, those in strings (annotations of what is defined later) included."""
+    names = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return names + [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and str is type(part.value)]
 
 
 def text_of(node: ast.stmt, source: str) -> str:

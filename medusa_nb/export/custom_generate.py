@@ -6,7 +6,6 @@ transformers and safetensors alone (see :mod:`medusa_nb.export.bundle`).
 
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,7 @@ def generate(inputs=None, generation_config=None, *, model, streamer=None, token
     """
     source = kwargs.pop("medusa_heads", None) or model.config.name_or_path
     for name in REFUSED:
-        if kwargs.pop(name, None):
+        if is_set(kwargs.pop(name, None)):
             raise InputError(f"decoding with Medusa heads does not support {name}; leave it out")
     criteria = kwargs.pop("stopping_criteria", None)
     kwargs = {name: value for name, value in kwargs.items() if name not in SILENT - {"use_cache"}}
@@ -74,8 +73,9 @@ def generate(inputs=None, generation_config=None, *, model, streamer=None, token
     if limit is None:
         length = config.max_length if config.max_length is not None else 20
         limit = length if default_length and config.max_length in (None, 20) else length - ids.shape[1]
-    choose = Sampler(_or(config.temperature, 1.0), _or(config.top_k, 0), _or(config.top_p, 1.0))
-    choose = choose if config.do_sample else greedy
+    choose = greedy
+    if config.do_sample:
+        choose = Sampler(_or(config.temperature, 1.0), _or(config.top_k, 0), _or(config.top_p, 1.0))
     room = max(map(len, prompts)) + max(1, limit)
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
     ends = as_ids(config.eos_token_id)
@@ -93,6 +93,11 @@ def _or(value, default):
     return default if value is None else value
 
 
+def is_set(value, *defaults) -> bool:
+    """Whether an option asks for something; a tensor always does."""
+    return isinstance(value, torch.Tensor) or value not in (None, False, [], *defaults)
+
+
 def refuse_unsupported(config) -> None:
     """Raise :class:`InputError` for any option of a generation config that is set and not handled here."""
     if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
@@ -103,13 +108,28 @@ def refuse_unsupported(config) -> None:
         name = config.cache_implementation
         raise InputError(f"decoding with Medusa heads does not support cache_implementation={name!r}; 'static' it does")
     defaults = generation_defaults(config)
-    for name, value in config.to_diff_dict().items():
-        if name not in HANDLED and value not in (None, False, [], defaults.get(name)):
+    for name, value in vars(config).items():
+        if name not in HANDLED and not name.startswith("_") and is_set(value, defaults.get(name)):
             raise InputError(f"decoding with Medusa heads does not support {name}={value!r}; leave it out")
 
 
-_DRAFTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: drafts by source
-_SHELVES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by model: its compiled decoders
+class Kept:
+    """What is kept with a model: its drafts by source, and its compiled decoders, which one call at a time uses.
+
+    It is an attribute of the model, so that it goes when the model goes. A copy of the model begins with nothing.
+    """
+
+    def __init__(self):
+        self.drafts, self.decoders, self.lock = {}, {}, threading.Lock()
+
+    def __reduce__(self):
+        return Kept, ()
+
+    @staticmethod
+    def of(model) -> "Kept":
+        if not hasattr(model, "_medusa_kept"):
+            model._medusa_kept = Kept()
+        return model._medusa_kept
 
 
 def draft_of(model, source: str) -> Draft:
@@ -118,8 +138,8 @@ def draft_of(model, source: str) -> Draft:
     Raises:
         InputError: there are no heads, or they were trained for another base model.
     """
-    known = _DRAFTS.setdefault(model, {})
-    if source not in known:
+    known, key = Kept.of(model).drafts, (source, model.device, model.dtype)
+    if key not in known:
         try:
             about_file, weights = (Path(cached_file(source, name)) for name in (ABOUT, WEIGHTS))
         except (OSError, ValueError, TypeError) as error:
@@ -134,49 +154,41 @@ def draft_of(model, source: str) -> Draft:
             )
         heads = heads_from(about, weights, model)
         if "tree" in about:
-            known[source] = StaticTree(heads, Tree(tuple(map(tuple, about["tree"]))), heads.device)
+            known[key] = StaticTree(heads, Tree(tuple(map(tuple, about["tree"]))), heads.device)
         else:
-            known[source] = GrowingTree(heads, about["tree_size"], ngram_worth=torch.tensor(about["ngram_worth"]))
-    return known[source]
-
-
-class Shelf:
-    """A model's compiled decoders, kept from call to call; whoever uses one holds ``lock``."""
-
-    def __init__(self):
-        self.lock, self.decoders = threading.Lock(), {}
-
-    def decoder(self, model, draft: Draft, slots: int, room: int, choose: Choose) -> Decoder:
-        """The decoder kept for this draft and number of sequences, or a new one with twice the room of the last.
-
-        Compiled code holds its own layout of the weights: if they changed, the decoder is made anew.
-        """
-        key, weights = (id(draft), slots), weights_state(model)
-        known, decoder = self.decoders.get(key, (None, None))
-        if known != weights or decoder.max_length < room:
-            self.decoders.pop(key, None)
-            length = max(512, 1 << (room - 1).bit_length())
-            length = min(length, context_length(model) or length)
-            decoder = Decoder(model, max_length=length, slots=slots, draft=draft)
-            if decoder.compile() is None:
-                warnings.warn(f"the step did not compile, decoding goes on eagerly: {decoder.why_eager}", stacklevel=5)
-            self.decoders[key] = weights, decoder
-        decoder.verifier.choose = choose
-        return decoder
+            known[key] = GrowingTree(heads, about["tree_size"], ngram_worth=torch.tensor(about["ngram_worth"]))
+    return known[key]
 
 
 @contextmanager
 def decoder_for(model, draft: Draft, slots: int, room: int, choose: Choose, compiled: bool) -> Iterator[Decoder]:
     """A decoder for ``slots`` sequences of at most ``room`` tokens.
 
-    A compiled one is kept on the model's :class:`Shelf`; while another thread uses it, this call decodes eagerly.
+    A compiled one is kept; while another thread uses it, this call decodes eagerly.
     """
-    room = min(room, context_length(model) or room)
-    shelf = _SHELVES.setdefault(model, Shelf())
-    if not compiled or not shelf.lock.acquire(blocking=False):
+    room, kept = min(room, context_length(model) or room), Kept.of(model)
+    if not compiled or not kept.lock.acquire(blocking=False):
         yield Decoder(model, max_length=room, slots=slots, choose=choose, draft=draft)
         return
     try:
-        yield shelf.decoder(model, draft, slots, room, choose)
+        yield compiled_decoder(kept.decoders, model, draft, slots, room, choose)
     finally:
-        shelf.lock.release()
+        kept.lock.release()
+
+
+def compiled_decoder(known: dict, model, draft: Draft, slots: int, room: int, choose: Choose) -> Decoder:
+    """The decoder kept for this draft and number of sequences, or a new one with twice the room of the last.
+
+    Compiled code holds its own layout of the weights: if they changed, the decoder is made anew.
+    """
+    key, weights = (id(draft), slots), weights_state(model)
+    made_for, decoder = known.get(key, (None, None))
+    if made_for != weights or decoder.max_length < room:
+        known.pop(key, None)
+        length = max(512, 1 << (room - 1).bit_length())
+        decoder = Decoder(model, max_length=min(length, context_length(model) or length), slots=slots, draft=draft)
+        if decoder.compile() is None:
+            warnings.warn(f"the step did not compile, decoding goes on eagerly: {decoder.why_eager}", stacklevel=5)
+        known[key] = weights, decoder
+    decoder.verifier.choose = choose
+    return decoder

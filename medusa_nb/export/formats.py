@@ -1,6 +1,7 @@
 """Heads for other software: the original Medusa's files, vLLM's, and a transformers folder that decodes itself."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,5 +150,11 @@ def _plain_heads(heads: Heads, server: str) -> MedusaHeads:
             "transformers"
         )
     if heads.vocabulary is not None:
-        raise InputError(f"these heads draft only {heads.num_choices} tokens; export those they were limited from")
+        if heads.projection is not None:
+            raise InputError(f"these heads draft only {heads.num_choices} tokens; export those they were limited from")
+        warnings.warn(
+            f"these heads draft {heads.num_choices} tokens, and no server loads such ones (vLLM 0.32 sets their "
+            "token_map and then misses it); they are written to draft with the whole lm_head",
+            stacklevel=4,
+        )
     return heads
