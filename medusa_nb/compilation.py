@@ -19,110 +19,19 @@ from types import FunctionType
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import DynamicCache
 
 from medusa_nb.base_model import weights_state
 from medusa_nb.kv_cache import KeysValues, Window
-from medusa_nb.private import attention_of, pack_weight, packed_product
-from medusa_nb.verification import first_line, logits_maker, require_same_logits
+from medusa_nb.logits import first_line, logits_maker, require_same_logits
+from medusa_nb.packing import ATTENTION, pack
+from medusa_nb.private import attention_of
 
-ATTENTION = "medusa_sdpa"
-PACKED_FOR = 16  # rows that weights are packed for; they serve any number
 MOST_LAYERS = 6  # layers that are compiled together: each call of compiled code costs about a tenth of a layer
 
 
-def _register_product() -> None:
-    """Make the packed product an operator that the compiler calls and does not look into."""
-    if hasattr(torch.ops.medusa_nb, "packed_linear"):  # an export's copy of this module may have done so
-        return
-    torch.library.define("medusa_nb::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    torch.library.impl("medusa_nb::packed_linear", ("CPU", "MkldnnCPU"))(packed_product)
-    torch.library.register_fake("medusa_nb::packed_linear")(
-        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0])
-    )
-
-
-_register_product()
-
-
-class PackedLinear(nn.Module):
-    """Linear layers that read the same input, as one product with a weight that is packed once."""
-
-    def __init__(self, linears: list[nn.Linear]):
-        super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.register_buffer("weight", pack_weight(weight, PACKED_FOR))
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.register_buffer("bias", torch.cat(biases) if biases else None)
-        self.result: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.medusa_nb.packed_linear(x, self.weight, self.bias)
-
-
-class Part(nn.Module):
-    """Stands in for one of the layers that a :class:`PackedLinear` joins: the first one called computes for all."""
-
-    def __init__(self, joint: PackedLinear, columns: slice, first: bool, last: bool):
-        super().__init__()
-        self.joint, self.columns, self.first, self.last = joint, columns, first, last
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.first:
-            self.joint.result = self.joint(x)
-        result = self.joint.result[..., self.columns]
-        if self.last:
-            self.joint.result = None
-        return result
-
-
-def pack(model) -> None:
-    """Replace every ``nn.Linear`` of a model by packed ones; those called one after the other on one input are joined."""
-    calls: list[tuple[nn.Linear, int]] = []
-    parents = {child: (m, name) for m in model.modules() for name, child in m.named_children()}
-    linears = [module for module in parents if type(module) is nn.Linear]
-    hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, id(args[0])))) for m in linears]
-    inputs = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    groups: list[list[nn.Linear]] = []
-    for (module, seen), (_, before) in zip(calls, [(None, None), *calls], strict=False):
-        alike = groups and parents[module][0] is parents[groups[-1][0]][0] and seen == before
-        if alike and (module.bias is None) == (groups[-1][0].bias is None):
-            groups[-1].append(module)
-        else:
-            groups.append([module])
-    del inputs
-    for group in groups:
-        joint, start = PackedLinear(group), 0
-        for i, linear in enumerate(group):
-            columns = slice(start, start + linear.out_features)
-            part = Part(joint, columns, i == 0, i == len(group) - 1) if len(group) > 1 else joint
-            setattr(*parents[linear], part)
-            start += linear.out_features
-
-
-def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """torch's attention, with a mask, without copies of keys and values that several query heads share.
-
-    transformers' own copies them once per group as soon as there is a mask.
-    """
-    if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 class BlockCache:
-    """What decoder layers see of the cache while they are compiled: their blocks, or nothing but new keys and values."""
+    """What decoder layers see of the cache while they are compiled: their blocks, or new keys and values only."""
 
     def __init__(self, blocks: KeysValues, window: Window | None = None):
         self.blocks, self.window, self.calls = blocks, window, 0

@@ -15,8 +15,11 @@ from medusa_nb.compilation import compile_decoder
 from medusa_nb.drafting import Draft, State, StaticTree
 from medusa_nb.errors import InputError
 from medusa_nb.heads import Heads
+from medusa_nb.logits import refuse_unsuitable
+from medusa_nb.rope import refuse_mixed_rope, refuse_rope_switch
+from medusa_nb.stopping import cut_at_criteria, cut_at_end, cut_at_string
 from medusa_nb.tree import ROOT_ONLY, Tree
-from medusa_nb.verification import Choose, Verifier, greedy, longest_accepted_path, refuse_rope_switch
+from medusa_nb.verification import Choose, Verifier, greedy, longest_accepted_path
 
 COPIED = -1  # in place of a head's number: the token was copied from the text
 COLUMNS = 32  # attention reads a multiple of so many rows of the cache: odd numbers are slower
@@ -133,6 +136,7 @@ class Decoder:
         choose: Choose = greedy,
         draft: Draft | None = None,
     ):
+        refuse_unsuitable(model)
         device = model.get_output_embeddings().weight.device
         self.draft = draft or StaticTree(heads, tree, device)
         self.model, self.slots, self.max_length = model, slots, max_length
@@ -175,6 +179,7 @@ class Decoder:
         """
         if not 0 < len(prompts) <= self.slots:
             raise InputError(f"there are {len(prompts)} prompts, the decoder has {self.slots} slot(s)")
+        refuse_mixed_rope(self.model, prompts)
         return [Slot(prompt, self.budget(prompt, max_new_tokens)) for prompt in prompts]
 
     def budget(self, prompt: torch.Tensor, max_new_tokens: int) -> int:
@@ -300,31 +305,3 @@ def advance(state: State, candidates, said, hidden, path, accepted) -> tuple[Sta
         text = text.scatter(1, places, emitted)
     record = Record(accepted.unsqueeze(1), emitted, path, candidates.tokens, candidates.parents, candidates.copied)
     return State(bonus[:, 0], hidden, state.lengths + accepted, text), record
-
-
-def cut_at_end(emitted: list[int], ends: set[int]) -> tuple[list[int], str]:
-    """Drop what an accepted run holds after an end token; ``"eos"`` if there was one, else empty."""
-    for i, token in enumerate(emitted):
-        if token in ends:
-            return emitted[: i + 1], "eos"
-    return emitted, ""
-
-
-def cut_at_criteria(before: torch.Tensor, emitted: list[int], criteria) -> tuple[list[int], bool]:
-    """Drop what follows the token after which transformers' stopping criteria end the text; say whether they do."""
-    for i in range(len(emitted)):
-        text = torch.cat([before, before.new_tensor(emitted[: i + 1])]).unsqueeze(0)
-        if bool(torch.as_tensor(criteria(text, None)).all()):
-            return emitted[: i + 1], True
-    return emitted, False
-
-
-def cut_at_string(text: list[int], emitted: list[int], stops: list[str], tokenizer) -> tuple[list[int], bool]:
-    """Drop what follows the token that completes a stop string; say whether there was one."""
-    tail = text[-max(map(len, stops)) :]  # a stop string spans at most as many tokens as it has characters
-    before = len(tokenizer.decode(tail))
-    for i in range(len(emitted)):
-        written = tokenizer.decode(tail + emitted[: i + 1])
-        if any(written.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in stops):
-            return emitted[: i + 1], True
-    return emitted, False

@@ -5,8 +5,7 @@ the model's device, in fixed shapes, so that a step can be compiled or captured 
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -44,6 +43,26 @@ class Candidates(NamedTuple):
     copied: torch.Tensor
 
 
+class Draft(Protocol):
+    """Whatever proposes candidates: always ``size`` of them, the deepest ``depth`` tokens after the root.
+
+    ``reads_text``: whether it needs :attr:`State.text`.
+    """
+
+    size: int
+    depth: int
+    reads_text: bool
+
+    def __call__(self, state: State) -> Candidates: ...
+
+
+def filled(tree: Tree, tokens: torch.Tensor) -> Candidates:
+    """The candidates of B sequences that share a tree, with their tokens ``[B, N]`` in it."""
+    parts = (torch.tensor([max(0, parent) for parent in tree.parents]), tree.depths(), tree.mask())
+    fixed = (*parts, torch.zeros(len(tree), dtype=torch.bool))
+    return Candidates(tokens, *(part.to(tokens.device).expand(len(tokens), *part.shape) for part in fixed))
+
+
 class StaticTree:
     """The same tree at every step, filled with each head's best tokens.
 
@@ -65,9 +84,7 @@ class StaticTree:
                 f"the tree is {tree.depth} tokens deep, but there are {available} heads; prune it to that depth"
             )
         self.heads, self.tree, self.size, self.depth = heads, tree, len(tree), tree.depth
-        self.parents = torch.tensor([max(0, parent) for parent in tree.parents], device=device)
-        self.depths, self.mask = tree.depths().to(device), tree.mask().to(device)
-        self.none_copied = torch.zeros(len(tree), dtype=torch.bool, device=device)
+        self.filled = filled(tree, torch.zeros(1, len(tree), dtype=torch.long, device=device))
         self.levels = [self._level(depth, device) for depth in range(tree.depth)]
 
     def _level(self, depth: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,7 +92,7 @@ class StaticTree:
         tree = self.tree
         nodes = [node for node in range(len(tree)) if len(tree.paths[node]) == depth + 1]
         parents = sorted({tree.parents[node] for node in nodes})
-        paths = [self.mask[parent].nonzero()[:, 0].tolist() for parent in parents]
+        paths = [self.filled.mask[0, parent].nonzero()[:, 0].tolist() for parent in parents]
         places = [parents.index(tree.parents[node]) for node in nodes]
         ranks = [tree.paths[node][-1] for node in nodes]
         return tuple(torch.tensor(values, device=device) for values in (nodes, places, ranks, paths))
@@ -88,8 +105,7 @@ class StaticTree:
             for k, (nodes, places, ranks, paths) in enumerate(self.levels):
                 drafted, _ = self.heads.draft(k, started, tokens[:, paths])  # [B, P, width]
                 tokens = tokens.index_copy(1, nodes, drafted[:, places, ranks])
-        fixed = (self.parents, self.depths, self.mask, self.none_copied)
-        return Candidates(tokens, *(values.expand(batch, *values.shape) for values in fixed))
+        return Candidates(tokens, *(part.expand(batch, *part.shape[1:]) for part in self.filled[1:]))
 
 
 class GrowingTree:
@@ -200,6 +216,3 @@ class GrowingTree:
     def pad(self, paths: torch.Tensor) -> torch.Tensor:
         """Fill paths up with -1 to the depth a tree can have."""
         return torch.nn.functional.pad(paths, (0, self.depth + 1 - paths.shape[2]), value=-1)
-
-
-Draft = StaticTree | GrowingTree | Callable[[State], Candidates]

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from medusa_nb.base_model import context_length, dtype_name, logits_of
-from medusa_nb.drafting import Candidates, State
+from medusa_nb.base_model import context_length
+from medusa_nb.drafting import Candidates, State, filled
 from medusa_nb.errors import InputError
 from medusa_nb.kv_cache import SlotCache
-from medusa_nb.tree import Tree
+from medusa_nb.logits import deviation, first_line, logits_function, name_of, require_finite, some_tokens, tolerance
+from medusa_nb.rope import rope_switches
+from medusa_nb.tree import ROOT_ONLY, Tree
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
 
@@ -156,36 +158,6 @@ def attention_window(model) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def rope_switches(model) -> dict[int, str]:
-    """Lengths from which on the model turns positions into angles otherwise (long and dynamic rope), and the kind."""
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    switches = {}
-    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if kind.get("rope_type") in ("longrope", "dynamic"):
-            stated = kind.get("original_max_position_embeddings")
-            stated = stated or getattr(config, "original_max_position_embeddings", None)
-            switches[stated or config.max_position_embeddings] = kind["rope_type"]
-    return switches
-
-
-def refuse_rope_switch(model, prompt: int, longest: int) -> None:
-    """Raise :class:`InputError` where a text would grow across a length at which the model's rope changes.
-
-    Keys in the cache would still be turned the old way, and candidates beyond the length would change the pass for
-    those before it.
-
-    Args:
-        prompt, longest: tokens of the prompt, and of the longest text that may be read.
-    """
-    for length, kind in rope_switches(model).items():
-        if longest > length and (prompt <= length or kind == "dynamic"):
-            raise InputError(
-                f"{name_of(model)} changes its rope ({kind}) at {length} tokens, and this text of {prompt} tokens could "
-                f"grow to {longest}; ask for fewer new tokens"
-            )
-
-
 def watched_lengths(config) -> set[int]:
     """Numbers in a config that are likely lengths at which some layers look differently: windows, chunks, blocks."""
     found = set()
@@ -195,62 +167,7 @@ def watched_lengths(config) -> set[int]:
     return {value for value in found if value > 1}
 
 
-_CHECKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: how its logits are made, and lengths checked
-
-
-def logits_function(model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How this model turns states ``[B, T, D]`` into logits; found, and compared with the model, once.
-
-    Raises:
-        InputError: no way gives what ``model(ids).logits`` gives.
-    """
-    if model not in _CHECKED:
-        refuse_unsuitable(model)
-        make = _working_logits(model)
-        _CHECKED[model] = make, make(model), set()
-    return _CHECKED[model][1]
-
-
-def logits_maker(model) -> Callable:
-    """The way that was found to work for this model: ``maker(model)`` is its logits function."""
-    logits_function(model)
-    return _CHECKED[model][0]
-
-
-def refuse_unsuitable(model) -> None:
-    """Raise :class:`InputError` for what is no decoder with a backbone and an output layer of its own."""
-    name = name_of(model)
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{name} is an encoder-decoder model; Medusa heads need a decoder-only one")
-    if model.get_output_embeddings() is None or model.base_model is model:
-        raise InputError(f"{name} has no backbone and output layer of its own that heads could stand between")
-
-
-def name_of(model) -> str:
-    """A model's name for messages: where it was loaded from, and its class."""
-    source = model.config.name_or_path
-    return f"'{source}' ({type(model).__name__})" if source else type(model).__name__
-
-
-@torch.no_grad()
-def _working_logits(model) -> Callable:
-    ids = _some_tokens(model, 6)[None]
-    try:
-        wanted = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    except Exception as error:  # whatever a model trips over here, it would trip over later
-        raise InputError(f"{name_of(model)} does not read a plain text: {first_line(error)}") from error
-    _require_finite(model, wanted)
-    for make in (logits_of, type(model).get_output_embeddings):
-        try:
-            if _deviation(make(model)(hidden), wanted) <= _tolerance(model.dtype):
-                return make
-        except Exception:  # a forward of its own kind; the next way may do
-            continue
-    raise InputError(
-        f"{name_of(model)} turns its states into logits in a way that cannot be told from its parts; Medusa heads need "
-        "a model whose forward is a backbone and an output layer"
-    )
+_CHECKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: lengths at which it was checked
 
 
 @torch.no_grad()
@@ -264,7 +181,7 @@ def check_model(model, capacity: int) -> None:
         InputError: the passes differ, are not finite, or the model does not take our mask and cache at all.
     """
     logits_function(model)
-    done = _CHECKED[model][2]
+    done = _CHECKED.setdefault(model, set())
     limit = min(capacity, context_length(model) or capacity) - 8
     lengths = {min(8, max(1, limit))}
     lengths |= {n + 4 for n in watched_lengths(model.config.get_text_config()) if n + 4 <= limit}
@@ -274,12 +191,15 @@ def check_model(model, capacity: int) -> None:
         except InputError:
             raise
         except Exception as error:  # the model's own code, given our mask and cache
-            raise InputError(f"{name_of(model)} cannot verify a tree of candidates: {first_line(error)}") from error
-        if not gap <= _tolerance(model.dtype):
             raise InputError(
-                f"{name_of(model)} gives other logits for a candidate tree than for plain text of {length} tokens (they "
-                f"differ by {gap:.1%}): it ignores the tree mask or positions, or keeps a state that rejected tokens "
-                "cannot be removed from; choose a model whose layers all use attention with a mask"
+                f"{name_of(model)} cannot verify a tree of candidates ({first_line(error)}); choose a model whose "
+                "layers all use attention with a mask"
+            ) from error
+        if not gap <= tolerance(model.dtype):
+            raise InputError(
+                f"{name_of(model)} gives other logits for a candidate tree than for plain text of {length} tokens "
+                f"(they differ by {gap:.1%}): it ignores the tree mask or positions, or keeps a state that rejected "
+                "tokens cannot be removed from; choose a model whose layers all use attention with a mask"
             )
         done.add(length)
 
@@ -289,65 +209,18 @@ def _tree_deviation(model, length: int) -> float:
     verifier = Verifier(model, slots=2, capacity=length + 8, check=False)
     tree = Tree.from_paths([(0,), (1,), (0, 0), (1, 0)])
     branches = torch.tensor([[0, 1, 3], [0, 2, 4]], device=verifier.device)
-    ids = _some_tokens(model, length + 7)
+    ids = some_tokens(model, length + 7)
     prompts, tokens, last = [ids[:length], ids[: length // 2 + 1]], ids[length : length + 5], ids[-1:]
     state = verifier.read_prompts(prompts)
-    parents = torch.tensor([max(0, parent) for parent in tree.parents], device=verifier.device)
-    parts = (tokens, parents, tree.depths().to(ids.device), tree.mask().to(ids.device), torch.zeros_like(tokens) > 0)
-    candidates = Candidates(*(part.expand(2, *part.shape) for part in parts))
-    logits, _ = verifier.look(candidates, state.lengths, length + 5)
+    logits, _ = verifier.look(filled(tree, tokens.expand(2, -1)), state.lengths, length + 5)
     verifier.keep(branches[1].expand(2, -1), state.lengths)
-    alone = Candidates(
-        *(part[:1].expand(2, 1) for part in (last, *parts[1:3])), parts[4][:1].expand(2, 1, 1) | True, None
-    )
-    after, _ = verifier.look(alone, state.lengths + 3, length + 4)
+    after, _ = verifier.look(filled(ROOT_ONLY, last.expand(2, -1)), state.lengths + 3, length + 4)
     gaps = []
     for i, prompt in enumerate(prompts):
         for branch in branches:
             wanted = model(input_ids=torch.cat([prompt, tokens[branch]])[None], use_cache=False).logits[0, -3:]
-            gaps.append(_deviation(logits[i, branch], wanted))
+            gaps.append(deviation(logits[i, branch], wanted))
         text = torch.cat([prompt, tokens[branches[1]], last])
-        gaps.append(_deviation(after[i, 0], model(input_ids=text[None], use_cache=False).logits[0, -1]))
-    _require_finite(model, wanted)
+        gaps.append(deviation(after[i, 0], model(input_ids=text[None], use_cache=False).logits[0, -1]))
+    require_finite(model, wanted)
     return max(gaps, key=lambda gap: gap if gap == gap else float("inf"))
-
-
-def require_same_logits(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Raise :class:`RuntimeError` if a compiled pass gives other logits than the eager one."""
-    gap = _deviation(found, wanted)
-    if not gap <= 2 * _tolerance(wanted.dtype):
-        raise RuntimeError(f"compiled code gives other logits (they differ by {gap:.1%})")
-
-
-def _some_tokens(model, count: int) -> torch.Tensor:
-    """The same arbitrary token ids every time: ``[count]``."""
-    size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(0))
-    return ids.to(model.get_output_embeddings().weight.device)
-
-
-def _deviation(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    known = torch.isfinite(wanted)  # some models never say some tokens
-    return ((got - wanted)[known].abs().max() / wanted[known].abs().max().clamp(min=1e-9)).item()
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """The share by which logits may differ because sums are rounded in another order."""
-    return {torch.float32: 1e-4, torch.float16: 0.01}.get(dtype, 0.05)
-
-
-def _require_finite(model, logits: torch.Tensor) -> None:
-    if torch.isnan(logits).any() or not torch.isfinite(logits).any():
-        raise InputError(f"the logits of {name_of(model)} are {not_finite(model.dtype)}")
-
-
-def not_finite(dtype: torch.dtype) -> str:
-    """Words for numbers that overflow, and what to do."""
-    other = "use bfloat16 or float32" if dtype == torch.float16 else "the weights may be damaged; load them again"
-    return f"not finite in {dtype_name(dtype)}; {other}"
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]

@@ -23,7 +23,7 @@ from medusa_nb.distillation.records import AnswerFile, Conversation, asked_turns
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
 from medusa_nb.storage import portable_name
-from medusa_nb.verification import rope_switches
+from medusa_nb.rope import rope_switches
 
 SLACK = 8  # tokens that words may take more when they are split again as part of a conversation
 

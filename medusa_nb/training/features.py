@@ -21,7 +21,8 @@ from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
 from medusa_nb.progress import progress
 from medusa_nb.storage import claim, is_claimed, read_json, require_disk_space, write_json
-from medusa_nb.verification import logits_function, not_finite, refuse_rope_switch, rope_switches
+from medusa_nb.logits import logits_function, not_finite
+from medusa_nb.rope import refuse_rope_switch, rope_switches
 
 IGNORED = -100
 LIKELY = 16  # so many of the base model's likeliest next tokens are kept for each position

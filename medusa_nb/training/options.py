@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from medusa_nb.base_model import DTYPES
 from medusa_nb.errors import InputError
 from medusa_nb.storage import read_json
-from medusa_nb.verification import first_line
+from medusa_nb.logits import first_line
 
 QUANTISED = ("8bit", "4bit")
 CHOICES = {"kind": ("medusa", "path"), "states": ("auto", "cached", "online"), "load_in": (None, *DTYPES, *QUANTISED)}

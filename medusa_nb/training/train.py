@@ -39,7 +39,7 @@ from medusa_nb.training.features import (
 )
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, label_ranks, rank_table, world_size
 from medusa_nb.training.options import QUANTISED, HeadTraining
-from medusa_nb.verification import first_line
+from medusa_nb.logits import first_line
 
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint's files; whole if the checkpoint is
 

@@ -8,16 +8,7 @@ import torch
 from conftest import random_tree
 
 from medusa_nb.errors import InputError
-from medusa_nb.tree import (
-    ROOT_ONLY,
-    Tree,
-    build_tree,
-    chain,
-    count_ranks,
-    expected_tokens,
-    fastest_tree,
-    tree_from_paths,
-)
+from medusa_nb.tree import ROOT_ONLY, Tree, build_tree, count_ranks, expected_tokens
 
 
 def random_counts(seed: int, positions: int = 200, heads: int = 3, ranks: int = 3) -> Counter:
@@ -81,9 +72,9 @@ def test_count_ranks_by_hand():
 def test_expected_tokens_by_hand():
     counts = Counter({(): 10, (0,): 6, (0, 0): 3})
     assert expected_tokens(ROOT_ONLY, counts) == 1
-    assert expected_tokens(chain(2), counts) == pytest.approx(1.9)
+    assert expected_tokens(Tree.chain(2), counts) == pytest.approx(1.9)
     with pytest.raises(InputError, match="no entry"):
-        expected_tokens(chain(2), Counter({(0,): 6}))
+        expected_tokens(Tree.chain(2), Counter({(0,): 6}))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -99,21 +90,10 @@ def test_expected_tokens_is_the_mean_of_accepted_paths(seed):
     assert expected_tokens(tree, count_ranks(ranks)) == pytest.approx(total / 100)
 
 
-def test_fastest_tree_weighs_tokens_against_latency():
-    counts = Counter({(): 100, (0,): 60, (0, 0): 40, (1,): 20})  # 1, 1.6, 2.0, 2.2 tokens
-    assert len(fastest_tree(counts, {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0})) == 4
-    assert len(fastest_tree(counts, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.9})) == 3
-    assert len(fastest_tree(counts, {1: 1.0, 2: 1.7, 3: 2.1, 4: 2.3})) == 1
-    assert len(fastest_tree(counts, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.1})) == 3
-    assert len(fastest_tree(counts, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.1}, draft_seconds=0.5)) == 1
-    with pytest.raises(InputError, match="empty"):
-        fastest_tree(counts, {})
-
-
 def test_chain_and_tree_from_paths():
-    assert chain(2).paths == ((), (0,), (0, 0))
-    assert (chain(3).depth, chain(3).width, ROOT_ONLY.depth, ROOT_ONLY.width) == (3, 1, 0, 0)
-    assert tree_from_paths([(0, 1), (0,), (2,)]).paths == ((), (0,), (2,), (0, 1))
+    assert Tree.chain(2).paths == ((), (0,), (0, 0))
+    assert (Tree.chain(3).depth, Tree.chain(3).width, ROOT_ONLY.depth, ROOT_ONLY.width) == (3, 1, 0, 0)
+    assert Tree.from_paths([(0, 1), (0,), (2,)]).paths == ((), (0,), (2,), (0, 1))
 
 
 @pytest.mark.parametrize("seed", range(5))
