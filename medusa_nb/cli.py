@@ -56,13 +56,13 @@ def parser() -> argparse.ArgumentParser:
     distill = add("distill", command_distill, "let the base model answer prompts")
     distill.add_argument("out", type=Path, help="JSONL file of answers; continued if it exists")
     prompts_options(distill, "stdlib")
-    distill.add_argument("--max-new-tokens", type=int, default=160)
-    distill.add_argument("--temperature", type=float, default=0.0)
+    distill.add_argument("--max-new-tokens", type=positive, default=160)
+    distill.add_argument("--temperature", type=not_negative, default=0.0)
     distill.add_argument("--batch-size", type=positive, default=64)
     distill.add_argument("--keep-states", type=Path, metavar="FOLDER", help="keep hidden states for training")
     distill.add_argument("--server", action="append", help="base URL of an OpenAI-compatible server; may be repeated")
     distill.add_argument("--concurrency", type=positive, default=64, help="requests in flight at each server")
-    distill.add_argument("--timeout", type=float, default=300, help="seconds a request may take (with --server)")
+    distill.add_argument("--timeout", type=positive, default=300, help="seconds a request may take (with --server)")
 
     train = add("train", command_train, "train heads on answers")
     train.add_argument("answers", type=Path, help="JSONL file from distill")
@@ -129,6 +129,14 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A number of 0 or more, for argparse."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is no temperature; 0 or more is needed")
+    return value
+
+
 def prompts_options(command: argparse.ArgumentParser, source: str, split: str | None = None, limit: int | None = None):
     """Options that say which prompts are meant."""
     command.add_argument("--prompts", default=source, help="stdlib, everyday, a folder, a file, a hub data set")
@@ -176,9 +184,9 @@ def command_distill(options) -> None:
     if options.server:
         if not options.model:
             raise InputError("name the model that the server serves with --model")
-        settings = ServerSettings(concurrency=options.concurrency, timeout=options.timeout, **how)
+        asked = ServerSettings(concurrency=options.concurrency, timeout=options.timeout, **how)
         prompts = _prompts(options, dropped)
-        report = distil_from_servers(options.server, options.model, prompts, options.out, settings, dropped)
+        report = distil_from_servers(options.server, options.model, prompts, options.out, asked, dropped)
         reasons_by_id = report.pop("failed")
         report |= dict(failed=dict(Counter(reasons_by_id.values())), failed_ids=sorted(reasons_by_id)[:20])
     else:
@@ -208,13 +216,10 @@ def command_train(options) -> None:
 def _decoder(options, model, max_length: int, size: int):
     from medusa_nb.decoding import Decoder
     from medusa_nb.heads_file import load_heads
-    from medusa_nb.path_heads import PathHeads
     from medusa_nb.training.calibration import Calibration
 
-    heads, known = load_heads(options.heads, model), Calibration.load(options.heads)
-    if isinstance(heads, PathHeads):
-        return Decoder(model, max_length=max_length, draft=known.growing_tree(heads, size))
-    return Decoder(model, heads, known.tree(size), max_length=max_length)
+    draft = Calibration.load(options.heads).draft(load_heads(options.heads, model), size)
+    return Decoder(model, max_length=max_length, draft=draft)
 
 
 def command_generate(options) -> None:
@@ -329,8 +334,8 @@ def command_peers(options) -> None:
     from medusa_nb.measurement.peers import report, run_peers
     from medusa_nb.storage import write_text
 
-    model, tokenizer = load_base_model(dtype=options.dtype)
     rows = [row for row in shipped_answers("stdlib", "test") if row["completion_tokens"] >= 100][: options.limit]
+    model, tokenizer = load_base_model(dtype=options.dtype)
     prompts = [torch.tensor([prompt_ids(tokenizer, row["messages"][:1])]) for row in rows]
     plain, full = shipped_heads("plain", model), shipped_heads("full", model)
     how = dict(eos=eos_token_ids(model, tokenizer), max_new_tokens=options.max_new_tokens, repeats=options.repeats)

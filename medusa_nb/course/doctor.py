@@ -20,7 +20,12 @@ Check = tuple[bool, str, str]
 
 def versions() -> Iterator[Check]:
     """Each package that is pinned, against what is installed."""
-    for line in requires("medusa-nb") or []:
+    try:
+        pinned = requires("medusa-nb") or []
+    except PackageNotFoundError:
+        pinned = []
+        yield False, "the package is installed", "no, so its versions are not known; pip install it"
+    for line in pinned:
         needed = Requirement(line)
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue

