@@ -1,7 +1,7 @@
 """Head training inside axolotl 0.19, the tutorial's other road: ``plugins: [medusa_nb.training.axolotl.MedusaPlugin]``.
 
 axolotl reads the conversations, says which tokens are the model's own (``labels``), and runs its loop; the heads,
-their loss and their files are this package's. Needs an environment of its own, see requirements-axolotl.txt.
+their loss and their files are this package's. Needs an environment of its own, which `make axolotl` makes.
 """
 
 import json

@@ -19,10 +19,10 @@ from medusa_nb.base_model import context_length, dtype_name, fingerprint
 from medusa_nb.chat import Encoded, encode_conversation
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
-from medusa_nb.progress import progress
-from medusa_nb.storage import claim, is_claimed, read_json, require_disk_space, write_json
 from medusa_nb.logits import logits_function, not_finite
+from medusa_nb.progress import progress
 from medusa_nb.rope import refuse_rope_switch, rope_switches
+from medusa_nb.storage import claim, is_claimed, read_json, require_disk_space, write_json
 
 IGNORED = -100
 LIKELY = 16  # so many of the base model's likeliest next tokens are kept for each position
@@ -68,11 +68,9 @@ def head_labels(ids: list[int], own: list[bool], num_heads: int) -> tuple[list[i
 
 
 @dataclass
-class Supervised:
+class Supervised(Encoded):
     """One conversation: its tokens, which of them the model said ``[T]``, and what :func:`head_labels` makes of it."""
 
-    ids: list[int]
-    own: list[bool]
     positions: list[int]
     labels: list[list[int]]
 

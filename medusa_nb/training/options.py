@@ -12,27 +12,20 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from medusa_nb.base_model import DTYPES
 from medusa_nb.errors import InputError
-from medusa_nb.storage import read_json
 from medusa_nb.logits import first_line
+from medusa_nb.storage import read_json
 
 QUANTISED = ("8bit", "4bit")
 CHOICES = {"kind": ("medusa", "path"), "states": ("auto", "cached", "online"), "load_in": (None, *DTYPES, *QUANTISED)}
 MANY, TINY = 2**31, 1e-9
-RANGES = {  # first and last value
-    "medusa_num_heads": (1, 64),
-    "medusa_num_layers": (1, 64),
-    "model_max_length": (2, MANY),
-    "per_device_train_batch_size": (1, MANY),
-    "gradient_accumulation_steps": (1, MANY),
-    "draft_vocabulary": (0, MANY),
-    "loss_vocabulary": (0, MANY),
-    "num_train_epochs": (TINY, MANY),
-    "learning_rate": (TINY, 1e3),
-    "depth_decay": (TINY, 1e3),
-    "soft_share": (0, 1),  # labels only, soft labels only
-    "logging_steps": (TINY, MANY),
-    "save_steps": (TINY, MANY),
-    "max_grad_norm": (0, MANY),
+RANGES = {
+    (1, 64): "medusa_num_heads medusa_num_layers",
+    (2, MANY): "model_max_length",
+    (1, MANY): "per_device_train_batch_size gradient_accumulation_steps",
+    (0, MANY): "draft_vocabulary loss_vocabulary max_grad_norm",
+    (TINY, MANY): "num_train_epochs logging_steps save_steps",
+    (TINY, 1e3): "learning_rate depth_decay",
+    (0, 1): "soft_share",
 }
 RENAMED = {"model": "model_name_or_path", "warmup_ratio": "warmup_steps", "max_length": "model_max_length"}
 REFUSED = {
@@ -128,9 +121,10 @@ def check(options: HeadTraining) -> None:
         if getattr(options, name) not in known:
             listed = ", ".join(value for value in known if value)
             raise InputError(f"{name} is '{getattr(options, name)}'; choose one of {listed}")
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(options, name) <= most:  # NaN is in no range
-            raise InputError(f"{name}={getattr(options, name)}; choose a number from {least} to {most}")
+    for (least, most), names in RANGES.items():
+        for name in names.split():
+            if not least <= getattr(options, name) <= most:  # NaN is in no range
+                raise InputError(f"{name}={getattr(options, name)}; choose a number from {least} to {most}")
     for name, value in (("train_sampling_strategy", "group_by_length"), ("save_strategy", "best")):
         if getattr(options, name) == value:
             raise InputError(
@@ -155,13 +149,13 @@ def parse(arguments: list[str]) -> HeadTraining:
     flags = list(arguments)
     if flags and flags[0].endswith(".json"):
         values = read_json(flags.pop(0))
-    names = [*values, *(_flag_name(word) for word in flags if word.startswith("--"))]
+    flags = [_underscored(word) for word in flags]
+    names = [*values, *(word[2:].partition("=")[0] for word in flags if word.startswith("--"))]
     known = {name for name, item in HeadTraining.__dataclass_fields__.items() if item.init} | RENAMED.keys()
     for name in names:
         if name not in known and name.removeprefix("no_") not in known:
             raise InputError(f"unknown option '{name}'; see `python -m medusa_nb.training --help`")
-    words = [word for name, value in values.items() for word in _as_flag(RENAMED.get(name, name), value)]
-    words += [_renamed(word) for word in flags]
+    words = [word for name, value in values.items() for word in _as_flag(RENAMED.get(name, name), value)] + flags
     try:
         [options] = _Parser(HeadTraining, exit_on_error=False).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
     except InputError:
@@ -183,12 +177,10 @@ def _as_flag(name: str, value) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]
 
 
-def _flag_name(word: str) -> str:
-    return word[2:].partition("=")[0].replace("-", "_")
-
-
-def _renamed(word: str) -> str:
-    name = _flag_name(word)
-    if not word.startswith("--") or name not in RENAMED:
+def _underscored(word: str) -> str:
+    """A flag with underscores, by the name it has today."""
+    name, equals, value = word.partition("=")
+    if not word.startswith("--"):
         return word
-    return f"--{RENAMED[name]}{word[2 + len(name) :]}"
+    name = name[2:].replace("-", "_")
+    return f"--{RENAMED.get(name, name)}{equals}{value}"

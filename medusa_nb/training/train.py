@@ -23,6 +23,7 @@ from medusa_nb.distillation.records import load_answers
 from medusa_nb.errors import InputError
 from medusa_nb.heads import Heads, MedusaHeads
 from medusa_nb.heads_file import save_heads
+from medusa_nb.logits import first_line
 from medusa_nb.path_heads import PathHeads
 from medusa_nb.progress import is_headless
 from medusa_nb.storage import append_line, claim, free_disk, read_json, write_json
@@ -39,7 +40,6 @@ from medusa_nb.training.features import (
 )
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, label_ranks, rank_table, world_size
 from medusa_nb.training.options import QUANTISED, HeadTraining
-from medusa_nb.logits import first_line
 
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint's files; whole if the checkpoint is
 
@@ -67,7 +67,7 @@ def train(options: HeadTraining, model=None, tokenizer=None, callbacks: list[Tra
     heads = new_heads(options, model, tokenizer, train_rows)
     count, length, kept = heads.num_heads, options.model_max_length, options.kept_states
     judge = cache_features(model, tokenizer, held_out, out / "features" / "calibration", count, length, kept)
-    data: Dataset
+    data: Features | Conversations
     if choose_cached(options, model, train_rows):
         data = cache_features(model, tokenizer, train_rows, out / "features" / "train", count, length, kept)
     else:
@@ -160,7 +160,7 @@ def choose_cached(options: HeadTraining, model, rows: list[dict]) -> bool:
 
 def fit(
     heads: Heads,
-    data: Dataset,
+    data: "Features | Conversations",
     options: HeadTraining,
     model,
     tokenizer=None,
@@ -177,7 +177,9 @@ def fit(
     out, cached = Path(options.output_dir), isinstance(data, Features)
     step = options.train_batch_size * world_size()
     if options.dataloader_drop_last and len(data) < step:
-        raise InputError(f"a step takes {step} and there are {len(data)}, which dataloader_drop_last drops; leave it out")
+        raise InputError(
+            f"a step takes {step} and there are {len(data)}, which dataloader_drop_last drops; leave it out"
+        )
     checkpoints = out / "checkpoints"
     if options.process_index == 0:
         claim(checkpoints, fingerprint_of_work(heads, data, options))
