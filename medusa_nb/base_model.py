@@ -137,11 +137,7 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 def as_ids(value) -> set[int]:
     """Token ids given as None, a number, a tensor or several numbers."""
-    if value is None:
-        return set()
-    if isinstance(value, torch.Tensor):
-        value = value.flatten().tolist()
-    return {int(value)} if isinstance(value, int) else {int(i) for i in value}
+    return set() if value is None else set(torch.as_tensor(value).flatten().tolist())
 
 
 class _HandThrough(nn.Module):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import random_model, small_llama
 from safetensors.torch import load_file, save_file
-from transformers import CohereConfig, Gemma2Config, GptOssConfig, GraniteConfig, T5Config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CohereConfig, Gemma2Config, GptOssConfig, GraniteConfig, PreTrainedTokenizerFast, T5Config
 
 from medusa_nb import base_model
 from medusa_nb.base_model import (
@@ -28,6 +29,7 @@ from medusa_nb.base_model import (
 )
 from medusa_nb.errors import InputError
 
+WORDS = 50
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SIZES |= dict(intermediate_size=64, max_position_embeddings=96, pad_token_id=0, head_dim=8)
 
@@ -42,10 +44,21 @@ def refused(folder, message: str, **options) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.fixture(scope="module")
+def fifty_words(tmp_path_factory):
+    """A model folder of fifty tokens, quickly read."""
+    folder = tmp_path_factory.mktemp("fifty")
+    words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(WORDS)}, unk_token="word0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word4").save_pretrained(folder)
+    small_llama(WORDS).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tiny_folder, tmp_path):
+def folder(fifty_words, tmp_path):
     """A model folder that a test may change."""
-    return shutil.copytree(tiny_folder, tmp_path / "model")
+    return shutil.copytree(fifty_words, tmp_path / "model")
 
 
 def change(file, **changes) -> None:
@@ -129,25 +142,25 @@ def test_quantised_weights_without_their_package_are_one_sentence(folder, how):
     refused(folder, "cannot load a base model from")
 
 
-def test_more_ids_than_the_embedding_has_rows(folder, tokenizer):
+def test_more_ids_than_the_embedding_has_rows(folder):
     """CASES 36."""
-    small_llama(len(tokenizer) - 1).save_pretrained(folder)
-    refused(folder, f"knows {len(tokenizer)} tokens and the model only {len(tokenizer) - 1}")
+    small_llama(WORDS - 1).save_pretrained(folder)
+    refused(folder, f"knows {WORDS} tokens and the model only {WORDS - 1}")
 
 
-def test_one_id_far_behind_the_others(folder, tokenizer):
+def test_one_id_far_behind_the_others(folder):
     """CASES 36: the number of tokens is small enough, the largest id is not."""
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = values["model"]["vocab"]
     last = max(vocabulary, key=vocabulary.get)
     vocabulary[last] += 500
     (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
-    refused(folder, f"knows {len(tokenizer) + 500} tokens and the model only {len(tokenizer)}")
+    refused(folder, f"knows {WORDS + 500} tokens and the model only {WORDS}")
 
 
-def test_a_larger_embedding_than_the_tokenizer_needs(folder, tokenizer):
-    small_llama(len(tokenizer) + 64).save_pretrained(folder)
-    assert load(folder)[0].lm_head.weight.shape[0] == len(tokenizer) + 64
+def test_a_larger_embedding_than_the_tokenizer_needs(folder):
+    small_llama(WORDS + 64).save_pretrained(folder)
+    assert load(folder)[0].lm_head.weight.shape[0] == WORDS + 64
 
 
 @pytest.mark.parametrize("config", ["gemma2", "gpt_oss"])
@@ -190,9 +203,9 @@ def test_emulated_bf16_does_not_count(monkeypatch, native, expected):
     assert suitable_dtype("cuda") == suitable_dtype("cuda:0") == expected
 
 
-def test_every_place_gets_the_same_dtype(tiny_folder):
+def test_every_place_gets_the_same_dtype(fifty_words):
     """CASES 6: without an argument, two loads agree."""
-    assert load(tiny_folder, dtype=None)[0].dtype == suitable_dtype("cpu") == load(tiny_folder, dtype=None)[0].dtype
+    assert load(fifty_words, dtype=None)[0].dtype == suitable_dtype("cpu") == load(fifty_words, dtype=None)[0].dtype
 
 
 def test_device_and_dtype_by_name():
@@ -259,6 +272,6 @@ def test_a_fingerprint_changes_with_any_byte():
     assert base_fingerprint(small_llama(num_hidden_layers=3)) != base
 
 
-def test_nothing_is_shown_while_nobody_watches(tiny_folder, capfd):
-    load(tiny_folder)
+def test_nothing_is_shown_while_nobody_watches(fifty_words, capfd):
+    load(fifty_words)
     assert base_model.is_headless() and "Loading weights" not in "".join(capfd.readouterr())
