@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,33 +19,20 @@ from medusa_nb.chat import (
     with_answers,
 )
 from medusa_nb.distillation.batching import Request, answer_all
-from medusa_nb.distillation.records import AnswerFile, Conversation, asked_turns, is_loop
+from medusa_nb.distillation.records import AnswerFile, AnswerSettings, Conversation, asked_turns, is_loop
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
-from medusa_nb.storage import portable_name
 from medusa_nb.rope import rope_switches
+from medusa_nb.storage import portable_name
 
 SLACK = 8  # tokens that words may take more when they are split again as part of a conversation
 
 
 @dataclass(frozen=True)
-class DistillationSettings:
-    """How answers are made.
+class DistillationSettings(AnswerSettings):
+    """How answers are made; ``batch_size`` sequences at once, which has no influence on them."""
 
-    ``max_new_tokens`` per turn; ``temperature`` 0 is greedy; ``batch_size`` sequences at once (no influence on the
-    answers); ``seed`` of the numbers drawn.
-    """
-
-    max_new_tokens: int = 160
-    temperature: float = 0.0
     batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}, batch_size={self.batch_size}; both are at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}; choose 0 (greedy) or a number above")
 
 
 def distil(
@@ -77,8 +64,7 @@ def distil(
     """
     settings = settings or DistillationSettings()
     require_chat_template(tokenizer)
-    made_with = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    made_with |= dict(model=portable_name(model.config.name_or_path))
+    made_with = settings.made_with(portable_name(model.config.name_or_path))
     with AnswerFile(file, made_with, len(prompts), dropped) as answers:
         conversations = []
         for row in answers.still_open(prompts):

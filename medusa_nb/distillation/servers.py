@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from medusa_nb.chat import clean_text
-from medusa_nb.distillation.records import AnswerFile, Conversation, asked_turns, is_loop
+from medusa_nb.distillation.records import AnswerFile, AnswerSettings, Conversation, asked_turns, is_loop
 from medusa_nb.errors import InputError
 from medusa_nb.storage import write_text
 
@@ -28,25 +28,16 @@ UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticErro
 
 
 @dataclass(frozen=True)
-class ServerSettings:
-    """How servers are asked. ``max_new_tokens`` counts per turn and is always sent, as is ``temperature``.
+class ServerSettings(AnswerSettings):
+    """How servers are asked; ``max_new_tokens`` and ``temperature`` are always sent.
 
     ``concurrency``: requests in flight at each server. ``attempts`` per turn, with the client's growing pauses;
     ``timeout`` seconds a request.
     """
 
-    max_new_tokens: int = 160
-    temperature: float = 0.0
-    seed: int = 0
     concurrency: int = 64
     attempts: int = 4
     timeout: float = 300.0
-
-    def __post_init__(self):
-        if min(self.max_new_tokens, self.concurrency, self.attempts) < 1 or not self.timeout > 0:
-            raise InputError("max_new_tokens, concurrency and attempts are at least 1, and timeout is above 0")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}; choose 0 (greedy) or a number above")
 
 
 class Unanswered(Exception):
@@ -96,12 +87,10 @@ def distil_from_servers(
     openai_package()
     from anyio.from_thread import start_blocking_portal  # comes with openai
 
-    made_with = dict(model=model, **{n: getattr(settings, n) for n in ("max_new_tokens", "temperature", "seed")})
-
     async def main() -> dict:
         clients = {url: await _client(url, settings) for url in dict.fromkeys(urls)}
         try:
-            with AnswerFile(file, made_with, len(prompts), dropped) as answers:
+            with AnswerFile(file, settings.made_with(model), len(prompts), dropped) as answers:
                 await _answer_all(clients, model, prompts, answers, settings)
             return answers.report
         finally:

@@ -1,6 +1,7 @@
 """The model answers in this process: its own greedy words, batched or not, once each, or a reason."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from conftest import small_llama
 from datasets import Dataset
 
+from medusa_nb import cli
 from medusa_nb.cli import main
+from medusa_nb.decoding import Decoder
 from medusa_nb.distillation import in_process
 from medusa_nb.distillation.in_process import DistillationSettings, distil
 from medusa_nb.distillation.records import AnswerFile, load_answers
@@ -16,7 +19,7 @@ from medusa_nb.errors import InputError
 from medusa_nb.storage import read_lines
 from medusa_nb.training.features import encode_answer
 
-pytest_plugins = ["chat_server"]
+pytest_plugins = ["distillation_fixtures"]
 
 SETTINGS = DistillationSettings(max_new_tokens=12, batch_size=3)
 LAYOUT = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -236,6 +239,15 @@ def test_the_command_says_that_its_output_is_a_folder(tmp_path, tiny_folder, cap
     assert "is a folder; name a JSONL file" in capsys.readouterr().err
     assert main(["distill", str(tmp_path / "a.jsonl"), *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 2
+
+
+@pytest.mark.parametrize("given", ["command line", "standard input"])
+def test_half_a_surrogate_pair_in_a_prompt(tiny_folder, monkeypatch, capsys, given):  # case 16
+    monkeypatch.setattr(cli, "_decoder", lambda options, model, length, size: Decoder(model, max_length=length))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff \xed\xa0\xbd")))
+    prompt = "a \udcff \ud83d" if given == "command line" else "-"
+    assert main(["generate", "heads", prompt, "--model", str(tiny_folder), "--max-new-tokens", "3"]) == 0
+    assert "3 tokens in 3 passes" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_is_answered(tmp_path, tiny_folder, monkeypatch, capsys):

@@ -15,9 +15,9 @@ from chat_server import echo, user
 from medusa_nb.cli import main
 from medusa_nb.distillation.records import load_answers
 
-pytest_plugins = ["chat_server"]
+pytest_plugins = ["distillation_fixtures"]
 
-KILLS = int(os.environ.get("MEDUSA_NB_KILLS", 3))
+KILLS = int(os.environ.get("MEDUSA_NB_KILLS", 2))
 IMPORTED = ["medusa_nb.distillation.in_process", "medusa_nb.distillation.servers", "medusa_nb.cli"]
 IMPORTED += ["openai.resources.chat", "anyio.from_thread", "transformers.models.llama.modeling_llama"]
 

@@ -23,7 +23,7 @@ from medusa_nb.distillation.servers import ServerSettings, distil_from_servers, 
 from medusa_nb.errors import InputError
 from medusa_nb.storage import read_lines
 
-pytest_plugins = ["chat_server"]
+pytest_plugins = ["distillation_fixtures"]
 
 QUICK = ServerSettings(max_new_tokens=12, concurrency=8, attempts=1, timeout=20)
 
@@ -116,6 +116,16 @@ def test_ctrl_c_ends_at_once_and_keeps_what_is_answered(chat_server, tmp_path, p
     assert len(load_answers(out)) == 3
     assert main(distill(out, server.url, prompt_file)) == 0
     assert len({row["id"] for row in load_answers(out)}) == len(load_answers(out)) == 20
+
+
+def test_a_locale_that_knows_only_ascii(chat_server, tmp_path):  # case 20
+    server, out, prompts = chat_server(), tmp_path / "a.jsonl", tmp_path / "é.jsonl"
+    prompts.write_text(json.dumps(dict(messages=[dict(role="user", content="é 漢")]), ensure_ascii=False), "utf-8")
+    ascii_only = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    command = [sys.executable, "-m", "medusa_nb", *distill(out, server.url, prompts)]
+    done = subprocess.run(command, env=ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [m["content"] for m in load_answers(out)[0]["messages"]] == ["é 漢", "1 é 漢"]
 
 
 def test_nothing_listens(tmp_path, prompt_file, capsys):  # case 24

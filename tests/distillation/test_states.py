@@ -12,7 +12,7 @@ from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError
 from medusa_nb.training.features import cache_features
 
-pytest_plugins = ["chat_server"]
+pytest_plugins = ["distillation_fixtures"]
 
 
 def states_of_a_pass(model, prompt: list[int], said: list[int]) -> torch.Tensor:
