@@ -135,7 +135,8 @@ def _encode_whole(tokenizer, text: str, spans: list[Span]) -> tuple[list[int], l
                 f"the tokenizer of '{tokenizer.name_or_path}' joins the model's words with the layout around them, "
                 "so they cannot be told apart"
             )
-        own[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+        for i in range(inside[0], inside[-1] + 1) if inside else ():  # an empty answer has no token
+            own[i] = True
     return encoded.ids, own
 
 

@@ -180,6 +180,13 @@ def test_a_tokenizer_that_puts_a_space_in_front_is_split_as_a_whole():
     assert "".join(own).replace("▁", " ") == "an answer</s>"
 
 
+def test_an_answer_of_no_token_is_nothing_to_train_on(tokenizer):
+    shaped = with_template(tokenizer, "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
+    for split in (metaspace_tokenizer(shaped.chat_template), shaped):
+        encoded = encode_conversation(split, [dict(role="assistant", content="")] * 2)
+        assert not any(encoded.own)
+
+
 def test_no_chat_template(tokenizer):
     bare = with_template(tokenizer, None)
     for function in (require_chat_template, lambda t: encode_conversation(t, TALK)):

