@@ -78,7 +78,7 @@ def generate(inputs=None, generation_config=None, *, model, streamer=None, token
         choose = Sampler(_or(config.temperature, 1.0), _or(config.top_k, 0), _or(config.top_p, 1.0))
     room = max(map(len, prompts)) + max(1, limit)
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings
-    ends = as_ids(config.eos_token_id)
+    ends = sorted(as_ids(config.eos_token_id))
     compiled = config.cache_implementation == "static" and not config.disable_compile
     with decoder_for(model, draft_of(model, source), len(prompts), room, choose, compiled) as decoder:
         results = decoder.generate(prompts, limit, ends, streamer, stops, tokenizer, criteria)
@@ -141,7 +141,7 @@ def draft_of(model, source: str) -> Draft:
     known, key = Kept.of(model).drafts, (source, model.device, model.dtype)
     if key not in known:
         try:
-            about_file, weights = (Path(cached_file(source, name)) for name in (ABOUT, WEIGHTS))
+            about_file, weights = (Path(str(cached_file(source, name))) for name in (ABOUT, WEIGHTS))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"there are no Medusa heads where '{source}' was loaded from; pass their folder as medusa_heads=..."

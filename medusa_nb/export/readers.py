@@ -79,7 +79,7 @@ def read_vllm(folder: Path, lm_head: torch.Tensor, hidden: torch.Tensor) -> torc
     if (config.get("truncated_vocab_size") or vocabulary) != vocabulary or "token_map" in tensors:
         raise InputError(f"'{folder}' has a truncated vocabulary, and vLLM 0.32 loads no such heads (token_map)")
     shared = config.get("original_lm_head", False)
-    projection = tensors.take("lm_heads.0.weight", vocabulary, width) if shared else None
+    projection = tensors.take("lm_heads.0.weight", vocabulary, width) if shared else lm_head
     logits = []
     for k in range(config["num_heads"]):
         x = hidden
@@ -136,7 +136,8 @@ def _in_float32(heads, hidden: torch.Tensor) -> torch.Tensor:
 def _check_transformers(folder: Path, model, prompt: torch.Tensor) -> str:
     arguments = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False)
     plain = model.generate(prompt, **arguments)
-    ours = model.generate(prompt, custom_generate=str(folder), trust_remote_code=True, **arguments)
+    heads = dict(custom_generate=str(folder), medusa_heads=str(folder), trust_remote_code=True)
+    ours = model.generate(prompt, **heads, **arguments)
     gap = first_difference_gap(model, *(Generation(ids, prompt.shape[1]) for ids in (ours, plain)))
     if gap is not None and gap > near_tie(model.dtype):
         raise InputError(f"'{folder}' decodes another text than plain greedy decoding")

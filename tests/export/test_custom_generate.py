@@ -98,7 +98,7 @@ def test_per_call_it_decodes_a_model_from_elsewhere(plain, folder):
     ids = prompt()
     other = AutoModelForCausalLM.from_pretrained(folder)
     other.config._name_or_path = "somewhere/else"
-    theirs = ask(other, ids, custom_generate=str(folder), trust_remote_code=True)
+    theirs = ask(other, ids, custom_generate=str(folder), medusa_heads=str(folder), trust_remote_code=True)
     assert theirs.tolist() == ask(plain, ids).tolist()
 
 
@@ -110,7 +110,7 @@ def test_right_drafts_save_passes(tmp_path, tokenizer):
         model.model.norm.weight.fill_(1.0)  # says 7 or 0 for ever, and untrained heads draft what the base model says
     export(MedusaHeads(model, 3).requires_grad_(False), tmp_path / "out", "transformers", model=model)
     medusa, calls = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), []
-    medusa.generate(prompt(), max_new_tokens=2)  # checks the model with passes of its own
+    ask(medusa, prompt(), max_new_tokens=41)  # checks the model with passes of its own
     medusa.model.register_forward_hook(lambda *_: calls.append(1))
     assert ask(medusa, prompt(), max_new_tokens=41).shape[1] == 9 + 41
     assert len(calls) <= 21
@@ -242,7 +242,7 @@ def test_a_base_model_whose_generation_config_would_be_refused_is_refused_at_exp
 def test_another_base_model_is_refused(folder, tokenizer):
     other = small_llama(len(tokenizer), context=256, seed=2)
     with pytest.raises(ValueError, match="were trained for another base model"):
-        ask(other, prompt(), custom_generate=str(folder), trust_remote_code=True)
+        ask(other, prompt(), custom_generate=str(folder), medusa_heads=str(folder), trust_remote_code=True)
 
 
 def test_a_folder_without_heads_says_so(plain, folder, tmp_path):
@@ -322,7 +322,7 @@ def test_other_settings_of_sampling_are_the_same_code(compiled, steps_count_as_c
         texts = []
         for way in (dict(disable_compile=True), {}, {}):
             torch.manual_seed(7)
-            texts.append(static(compiled, prompt(), do_sample=True, **options, **way).tolist())
+            texts.append(static(compiled, prompt(), do_sample=True, max_new_tokens=6, **options, **way).tolist())
         assert texts[0] == texts[1] == texts[2]
     assert len(steps_count_as_compiled) == 1
 
