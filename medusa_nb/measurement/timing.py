@@ -96,10 +96,6 @@ class Timing:
     def tokens_per_second(self) -> float:
         return _tokens_per_second(self.table())
 
-    def pass_counts(self) -> list[int]:
-        """Tokens emitted by every pass after the prompt's."""
-        return [n for p in self.counted for n in self.generations[p].tokens_per_pass[1:]]
-
     def without_loops(self) -> "Timing":
         """The same, without the answers that run into a repetition loop (all of them where none would be left)."""
         keep = [p for p in self.counted if not is_loop(self.generations[p].new_tokens)]
@@ -185,18 +181,6 @@ def tokens_difference(one: Timing, other: Timing) -> tuple[float, Interval]:
     tables = one.table(), other.like(one).table()
     gap = _tokens_per_pass(tables[0]) - _tokens_per_pass(tables[1])
     return gap, bootstrap(lambda rows: _tokens_per_pass(tables[0][rows]) - _tokens_per_pass(tables[1][rows]), tables[0])
-
-
-def unpaired_difference(one: Timing, other: Timing) -> tuple[float, Interval]:
-    """The same for two sets of prompts of their own."""
-    tables, generator = (one.table(), other.table()), np.random.default_rng(0)
-    gap = _tokens_per_pass(tables[0]) - _tokens_per_pass(tables[1])
-    draws = [
-        _tokens_per_pass(tables[0][generator.integers(len(tables[0]), size=len(tables[0]))])
-        - _tokens_per_pass(tables[1][generator.integers(len(tables[1]), size=len(tables[1]))])
-        for _ in range(2000)
-    ]
-    return gap, tuple(np.percentile(draws, (2.5, 97.5)).tolist())
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], table: np.ndarray, samples: int = 2000) -> Interval:

@@ -370,6 +370,7 @@ def test_a_model_that_is_no_longer_used_is_freed_with_its_heads_and_decoders(com
     assert gone() is None
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize("folder", ["growing tree"], indirect=True)
 def test_the_folder_compiles_what_it_decodes_with(plain, medusa, compiler_works):
