@@ -136,8 +136,10 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 
 def as_ids(value) -> set[int]:
-    """Token ids given as None, a number, a tensor or several numbers."""
-    return set() if value is None else set(torch.as_tensor(value).flatten().tolist())
+    """Token ids given as None, a number, a tensor, a set or several numbers."""
+    if value is None or isinstance(value, set):
+        return value or set()
+    return set(torch.as_tensor(value).flatten().tolist())
 
 
 class _HandThrough(nn.Module):
