@@ -113,7 +113,7 @@ class BlockFunctions:
             # one code object each: the compiler keeps its results by code object. The first graph serves every call,
             # so nothing is checked before one; the sizes that may change are named in `dynamic_sizes`.
             own = FunctionType(function.__code__.replace(), function.__globals__)
-            options = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
+            options: dict = dict(guard_filter_fn=torch.compiler.skip_all_guards_unsafe)
             self.known[key] = torch.compile(own, fullgraph=True, dynamic=function is prompt_block, options=options)
         return self.known[key]
 

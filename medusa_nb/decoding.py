@@ -17,7 +17,7 @@ from medusa_nb.errors import InputError
 from medusa_nb.heads import Heads
 from medusa_nb.logits import refuse_unsuitable
 from medusa_nb.rope import refuse_mixed_rope, refuse_rope_switch
-from medusa_nb.stopping import cut_at_criteria, cut_at_end, cut_at_string
+from medusa_nb.stopping import Stops
 from medusa_nb.tree import ROOT_ONLY, Tree
 from medusa_nb.verification import Choose, Verifier, greedy, longest_accepted_path
 
@@ -141,7 +141,8 @@ class Decoder:
         self.draft = draft or StaticTree(heads, tree, device)
         self.model, self.slots, self.max_length = model, slots, max_length
         self.verifier = Verifier(model, slots, max_length + self.draft.size, choose)
-        self.run, self.compile_seconds, self.why_eager = self.step, None, "nobody asked for compiling"
+        self.compile_seconds: float | None = None
+        self.run, self.why_eager = self.step, "nobody asked for compiling"
 
     def step(self, state: State, span: int) -> tuple[State, Record]:
         """Draft a tree, verify it in one pass, keep the accepted path. Nothing here waits for the host."""
@@ -172,18 +173,14 @@ class Decoder:
         return min(capacity, (needed + COLUMNS - 1) // COLUMNS * COLUMNS)
 
     def slots_for(self, prompts: list[torch.Tensor], max_new_tokens: int) -> list[Slot]:
-        """Slots for prompts, each ``[T]``, with as many new tokens as the model's context allows.
-
-        Raises:
-            InputError: too many prompts, an empty one, or one that fills the context or the decoder.
-        """
+        """Slots for prompts, each ``[T]``; refuses too many, and what does not fit, see :meth:`budget`."""
         if not 0 < len(prompts) <= self.slots:
             raise InputError(f"there are {len(prompts)} prompts, the decoder has {self.slots} slot(s)")
         refuse_mixed_rope(self.model, prompts)
         return [Slot(prompt, self.budget(prompt, max_new_tokens)) for prompt in prompts]
 
     def budget(self, prompt: torch.Tensor, max_new_tokens: int) -> int:
-        """How many new tokens a prompt can get; refuses what cannot be decoded."""
+        """How many new tokens the context leaves a prompt; refuses one that is empty or does not fit."""
         if not isinstance(prompt, torch.Tensor) or prompt.ndim != 1 or len(prompt) == 0:
             shape = tuple(getattr(prompt, "shape", ()))
             raise InputError(f"a prompt has the shape {shape}; a non-empty tensor of token ids [T] is expected")
@@ -262,7 +259,8 @@ class Decoder:
             raise InputError(f"a streamer shows one text, there are {len(prompts)} prompts; decode them one by one")
         if stop_strings and tokenizer is None:
             raise InputError("stop_strings are compared with text; pass the tokenizer, too")
-        ends = as_ids(self.model.generation_config.eos_token_id if eos_token_id is None else eos_token_id)
+        ends = self.model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+        stops = Stops(as_ids(ends), stop_strings, tokenizer, stopping_criteria)
         slots = self.slots_for(prompts, max_new_tokens)
         results = [Generation(prompt.unsqueeze(0), len(prompt)) for prompt in prompts]
         texts: list[list[int]] = [[] for _ in prompts]
@@ -272,14 +270,7 @@ class Decoder:
             for slot, step, result, text in zip(slots, steps, results, texts, strict=True):
                 if step is None:
                     continue
-                step.emitted, stopped = cut_at_end(step.emitted, ends)
-                if stop_strings:
-                    step.emitted, found = cut_at_string(text, step.emitted, stop_strings, tokenizer)
-                    stopped = "stop string" if found else stopped
-                if stopping_criteria:
-                    before = torch.cat([result.sequences[0], result.sequences.new_tensor(text)])
-                    step.emitted, found = cut_at_criteria(before, step.emitted, stopping_criteria)
-                    stopped = "stopping criteria" if found else stopped
+                step.emitted, stopped = stops.cut(slot.prompt, text, step.emitted)
                 text += step.emitted
                 result.steps.append(step)
                 if streamer is not None:

@@ -87,7 +87,7 @@ class StaticTree:
         self.filled = filled(tree, torch.zeros(1, len(tree), dtype=torch.long, device=device))
         self.levels = [self._level(depth, device) for depth in range(tree.depth)]
 
-    def _level(self, depth: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _level(self, depth: int, device) -> tuple[torch.Tensor, ...]:
         """The nodes one below ``depth``, for each the number of its parent's path, its rank, and the parents' paths."""
         tree = self.tree
         nodes = [node for node in range(len(tree)) if len(tree.paths[node]) == depth + 1]
@@ -100,7 +100,7 @@ class StaticTree:
     def __call__(self, state: State) -> Candidates:
         batch = len(state.token)
         tokens = state.token.unsqueeze(1).repeat(1, self.size)  # every node holds the root's token at first
-        if self.depth:
+        if self.heads is not None and self.depth:
             started = self.heads.start(state.hidden, self.depth, self.tree.width)
             for k, (nodes, places, ranks, paths) in enumerate(self.levels):
                 drafted, _ = self.heads.draft(k, started, tokens[:, paths])  # [B, P, width]
@@ -141,9 +141,9 @@ class GrowingTree:
         device = heads.device
         self.heads, self.size, self.beam = heads, size, beam or max(1, size // 4)
         self.reads_text = ngram_worth is not None
-        self.copied = ngram_worth.shape[1] if self.reads_text else 0
-        self.longest = len(ngram_worth) - 1 if self.reads_text else 0
-        self.log_worth = ngram_worth.log().to(device) if self.reads_text else None
+        worth = torch.zeros(1, 0) if ngram_worth is None else ngram_worth
+        self.longest, self.copied = len(worth) - 1, worth.shape[1]
+        self.log_worth = worth.log().to(device)
         self.levels = min(heads.num_heads, size - 1, depth or heads.num_heads)
         enough = math.ceil((size - 1) / self.levels)  # children of every node, so that the tree can be filled
         self.branch = min(size - 1, max(branch, enough), heads.num_choices)
@@ -172,7 +172,7 @@ class GrowingTree:
         copied = chosen >= self.depths.shape[0] - self.copied
         return Candidates(tokens.gather(1, chosen), parents, depths, mask, copied)
 
-    def grow(self, state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def grow(self, state: State) -> tuple[torch.Tensor, ...]:
         """All nodes the heads propose: token ids and log worth ``[B, M]``, and paths ``[B, M, depth + 1]``.
 
         A path holds the numbers of the node's ancestors and its own, the root's 0 first, -1 beyond its end.
@@ -195,10 +195,11 @@ class GrowingTree:
             words, paths = (x.gather(1, best.unsqueeze(2).expand(-1, -1, k + 2)) for x in (words, paths))
         return tuple(torch.cat(parts, 1) for parts in zip(*nodes, strict=True))
 
-    def copy(self, state: State, tokens, worth, paths) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def copy(self, state: State, tokens, worth, paths) -> tuple[torch.Tensor, ...]:
         """The same with the path of copied tokens. Where a head drafted its first token, both grow from one node."""
         batch, count = tokens.shape
         device = tokens.device
+        assert state.text is not None  # reads_text asks for it
         copied, matched = ngram_tokens(state.text, state.lengths, self.copied, self.longest)
         promise = self.log_worth[matched]  # [B, L]
         first = slice(1, 1 + self.branch)

@@ -70,7 +70,9 @@ class SlotCache(Cache):
     """
 
     def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity, self.window, self.buffers = slots, capacity, None, []
+        self.slots, self.capacity = slots, capacity
+        self.window: Window | None = None
+        self.buffers: list[torch.Tensor] = []
         super().__init__(layers=[])
 
     @property
@@ -92,7 +94,8 @@ class SlotCache(Cache):
         """Start sequences in ``slots`` with each layer's keys and values ``[B, heads, T, d]`` of their prompts."""
         if not self.layers:
             self._make_layers(read)
-        for layer, pair in zip(self.layers, read, strict=True):
+        layers: list = self.layers  # SlotLayers
+        for layer, pair in zip(layers, read, strict=True):
             for block, states in zip((layer.keys, layer.values), pair, strict=True):
                 for line, slot in enumerate(slots):
                     start = slot * self.capacity

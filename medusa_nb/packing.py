@@ -1,5 +1,7 @@
 """Fast parts for a copy of a model on a CPU: linear layers packed once for oneDNN, attention without copies."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -34,7 +36,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", pack_weight(weight, PACKED_FOR))
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
-        self.result: torch.Tensor | None = None
+        self.result: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.medusa_nb.packed_linear(x, self.weight, self.bias)

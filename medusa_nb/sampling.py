@@ -8,6 +8,7 @@ where it is the one that was drawn. Every emitted token is distributed as p.
 
 import math
 import zlib
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -39,8 +40,9 @@ class Sampler:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What is drawn from: the filtered and renormalised distribution ``[..., V]``, in fp32."""
-        rows = logits.float().flatten(0, -2)
-        return self.filters(None, rows).softmax(-1).view(logits.shape)
+        rows: Any = logits.float().flatten(0, -2)
+        none: Any = None  # the filters do not look at the text
+        return self.filters(none, rows).softmax(-1).view(logits.shape)
 
     def numbers(self, shape: torch.Size) -> torch.Tensor:
         """Uniform random numbers in [0, 1)."""

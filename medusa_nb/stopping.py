@@ -1,6 +1,30 @@
 """Where a text ends: accepted runs are cut after an end token, a stop string, or what stopping criteria say."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+
+
+@dataclass
+class Stops:
+    """What ends a text: end tokens, strings (with the tokenizer that writes them), transformers' stopping criteria."""
+
+    ends: set[int]
+    strings: list[str] | None = None
+    tokenizer: Any = None
+    criteria: Any = None
+
+    def cut(self, prompt: torch.Tensor, text: list[int], emitted: list[int]) -> tuple[list[int], str]:
+        """What is left of the tokens ``emitted`` after ``text``, and what ended it, empty if nothing did."""
+        emitted, stopped = cut_at_end(emitted, self.ends)
+        if self.strings:
+            emitted, found = cut_at_string(text, emitted, self.strings, self.tokenizer)
+            stopped = "stop string" if found else stopped
+        if self.criteria:
+            emitted, found = cut_at_criteria(torch.cat([prompt, prompt.new_tensor(text)]), emitted, self.criteria)
+            stopped = "stopping criteria" if found else stopped
+        return emitted, stopped
 
 
 def cut_at_end(emitted: list[int], ends: set[int]) -> tuple[list[int], str]:

@@ -81,7 +81,7 @@ class Tree:
         return max((rank + 1 for path in self.paths for rank in path), default=0)
 
     def mask(self) -> torch.Tensor:
-        """The tree mask ``[N, N]``, bool: row i may attend to column j if j is node i itself or one of its ancestors."""
+        """The tree mask ``[N, N]``, bool: row i may attend to column j if j is node i or an ancestor of it."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for i, parent in enumerate(self.parents[1:], 1):
             mask[i] |= mask[parent]

@@ -73,8 +73,10 @@ class Verifier:
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """One causal pass over ``[B, T]``: states ``[B, T, D]``, and per layer keys and values ``[B, heads, T, d]``."""
         cache = DynamicCache()
-        hidden = self.backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        return hidden, [(layer.keys, layer.values) for layer in cache.layers]
+        backbone = self.model.base_model  # a compiled one takes no such cache
+        hidden = backbone(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        layers: list = cache.layers  # those without keys and values are refused by the check
+        return hidden, [(layer.keys, layer.values) for layer in layers]
 
     def verify(self, candidates: Candidates, lengths: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over all candidates: what the base model says after each ``[B, N]``, and the states ``[B, N, D]``.

@@ -13,7 +13,8 @@ import torch
 from IPython.display import display
 from PIL import Image
 
-from medusa_nb.decoding import Decoder, cut_at_end
+from medusa_nb.decoding import Decoder
+from medusa_nb.stopping import cut_at_end
 from medusa_nb.errors import InputError
 from medusa_nb.widgets import figures
 from medusa_nb.widgets.live import render, watched
