@@ -21,7 +21,7 @@ def packed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def write_count(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; torch counts it for autograd. Without it a change of weights goes unnoticed."""
+    """How often a tensor was written to, as autograd counts it. Without it a change of weights goes unnoticed."""
     return 0 if tensor.is_inference() else tensor._version
 
 

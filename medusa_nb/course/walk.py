@@ -13,12 +13,15 @@ from medusa_nb.chat import prompt_ids
 from medusa_nb.distillation.prompts import load_prompts
 from medusa_nb.distillation.records import load_answers
 from medusa_nb.errors import InputError
-from medusa_nb.heads import Heads
+from medusa_nb.heads import Heads, MedusaHeads
 from medusa_nb.heads_file import CONFIG, load_heads
 from medusa_nb.measurement.latency import measure_latency
 from medusa_nb.measurement.machine import machine
 from medusa_nb.storage import build_folder, read_json, require_repository, write_json
 from medusa_nb.training.calibration import FILE, Calibration
+from medusa_nb.training.features import cache_features
+from medusa_nb.training.options import HeadTraining
+from medusa_nb.training.train import fit
 from medusa_nb.widgets.style import set_style
 
 SCHEMA = 2  # of results.json; raise it when a name changes its meaning
@@ -128,6 +131,19 @@ class Walk:
             "human answers": [row | dict(messages=human[row["id"]]["messages"], finish_reason="stop") for row in asked],
             "own answers, other domain": shipped_answers("everyday", "train"),
         }
+
+    def student(self, model, tokenizer, name: str, rows: list[dict]) -> MedusaHeads:
+        """Plain heads trained on ``lesson_positions`` positions of some answers, for the lesson's comparison."""
+        folder, positions = self.folder / "lesson" / name.replace(" ", "_"), self.settings.lesson_positions
+        rows = rows[:: max(1, len(rows) * 60 // positions // 2)]  # answers have some 60 tokens; twice as many as needed
+        features = cache_features(model, tokenizer, rows, folder)
+        features = features.chosen(torch.arange(len(features))[:positions])
+        options = HeadTraining(output_dir=str(folder / "heads"), num_train_epochs=self.settings.epochs,
+                               use_cpu=model.device.type == "cpu")  # fmt: skip
+        print(f"{name}: {len(features):,} positions")
+        heads = MedusaHeads(model, 4)
+        fit(heads, features, options, model, tokenizer, rows)
+        return heads
 
     def prompts(self, tokenizer, source: str = "stdlib", count: int | None = None, at_least: int = 0) -> list:
         """Held-out prompts as token ids ``[1, T]``; ``at_least`` tokens must the shipped answer have."""

@@ -127,19 +127,20 @@ def run(contestants: Contestants, model, prompts: list[torch.Tensor], repeats: i
     over prompts), the share of the achievable, and identity of the text.
     """
     past = round(sum(ids.shape[1] for ids in prompts) / len(prompts))
-    timer = StepTimer({**contestants.decoders, **contestants.blind}, past)
+    watched: dict = {**contestants.decoders, **contestants.blind}
+    timer = StepTimer(watched, past)
     for watch in contestants.first_tokens.values():
         watch.seconds.clear()
     timings = compare(contestants.calls, prompts, repeats, after_each=timer.round)
     counted = timings[EAGER_LOOP].without_loops().at_least(at_least)
     steps, rows = timer.medians(), {}
     for name, timing in timings.items():
-        row = figures(timing.like(counted), timings[GENERATE])
+        row = gains(timing.like(counted), generate=timings[GENERATE])
         row["identical"] = identity(model, timing, timings[EAGER_LOOP])
         if decoder := contestants.decoders.get(name):
             loop = contestants.loops[name]
             compiled, size = loop == LOOP, decoder.draft.size
-            row |= against_loop(timing.like(counted), timings[loop])
+            row |= gains(timing.like(counted), loop=timings[loop])
             verify = steps[size, compiled] if size > 1 else steps[name]
             row |= parts(timing.like(counted), contestants.first_tokens[name], repeats, steps[name], verify)
             row |= dict(tree=size, compile_seconds=round(decoder.compile_seconds or 0.0, 1))
@@ -173,20 +174,16 @@ def heads_rows(report: dict) -> dict[str, dict[str, dict]]:
     return {way: found for way, found in ways.items() if found}
 
 
-def figures(timing: Timing, generate: Timing) -> dict:
-    """Tokens per pass, speed and speedup over ``model.generate`` of one contestant."""
-    return dict(
-        tokens_per_pass=round(timing.tokens_per_pass(), 3),
-        tokens_per_pass_interval=rounded(tokens_interval(timing)),
-        tokens_per_second=round(timing.tokens_per_second(), 1),
-        vs_generate=round(speedup(timing, generate), 3),
-        vs_generate_interval=rounded(speedup_interval(timing, generate)),
-    )
-
-
-def against_loop(timing: Timing, loop: Timing) -> dict:
-    """The speedup over the same loop without heads."""
-    return dict(vs_loop=round(speedup(timing, loop), 3), vs_loop_interval=rounded(speedup_interval(timing, loop)))
+def gains(timing: Timing, **baselines: Timing) -> dict:
+    """Tokens per pass, speed, and the speedup over each baseline, ``vs_<name>``; ratios with their 95 % interval."""
+    row: dict = dict(tokens_per_pass=round(timing.tokens_per_pass(), 3))
+    row["tokens_per_pass_interval"] = rounded(tokens_interval(timing))
+    if timing.seconds:
+        row["tokens_per_second"] = round(timing.tokens_per_second(), 1)
+    for name, slow in baselines.items():
+        row[f"vs_{name}"] = round(speedup(timing, slow), 3)
+        row[f"vs_{name}_interval"] = rounded(speedup_interval(timing, slow))
+    return row
 
 
 def rounded(interval: tuple[float, float]) -> list[float]:

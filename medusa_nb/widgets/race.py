@@ -13,9 +13,10 @@ import torch
 from IPython.display import display
 from PIL import Image
 
+from medusa_nb.chat import prompt_ids
 from medusa_nb.decoding import Decoder
-from medusa_nb.stopping import cut_at_end
 from medusa_nb.errors import InputError
+from medusa_nb.stopping import cut_at_end
 from medusa_nb.widgets import figures
 from medusa_nb.widgets.live import render, watched
 from medusa_nb.widgets.style import BASE, HEADS, MUTED, OURS, drafted_by, in_order, show
@@ -97,20 +98,25 @@ def run_race(
 def race(
     decoders: dict[str, Decoder],
     tokenizer,
-    prompt: torch.Tensor,
+    question: str,
     max_new_tokens: int,
     eos: list[int],
-    ask: Callable[[str], torch.Tensor] | None = None,
-    text: str = "",
+    keep: Path | None = None,
 ) -> Lanes:
-    """Race on the prompt ``[T]``, live where somebody watches, and offer a replay.
+    """Race for the answer to a user's question, live where somebody watches; then replay it, or ask something else.
 
     Args:
-        ask: turns a text into a prompt ``[T]``: then readers may race again on a prompt of their own.
-        text: what their field holds at first.
+        keep: where to write the race as an animated GIF.
     """
+
+    def run(text: str, watch: Callable[[Lanes], None] = lambda lanes: None) -> Lanes:
+        prompt = torch.tensor(prompt_ids(tokenizer, [dict(role="user", content=text)]))
+        return run_race(decoders, tokenizer, prompt, max_new_tokens, eos, watch)
+
     if not watched():
-        lanes = run_race(decoders, tokenizer, prompt, max_new_tokens, eos)
+        lanes = run(question)
+        if keep:
+            animation(lanes, keep)
         last = list(lanes.values())[-1]
         figures.tokens(last.pieces, last.drafted_by)
         plot(lanes)
@@ -123,25 +129,23 @@ def race(
     def watch(lanes: Lanes) -> None:
         view.value = picture(lanes)
 
-    lanes = run_race(decoders, tokenizer, prompt, max_new_tokens, eos, watch)
-    controls = [replay(lanes, view)]
-    if ask is not None:
-        prompt_field = ipywidgets.Textarea(value=text, rows=4, layout={"width": "34em"}, description="a prompt")
-        again = ipywidgets.Button(description="race again", icon="flag-checkered")
+    lanes = run(question, watch)
+    if keep:
+        animation(lanes, keep)
+    field = ipywidgets.Textarea(value=question, rows=4, layout={"width": "34em"}, description="a prompt")
+    again = ipywidgets.Button(description="race again", icon="flag-checkered")
 
-        def rerun(button) -> None:
-            again.disabled = True
-            try:
-                fresh = run_race(decoders, tokenizer, ask(prompt_field.value), max_new_tokens, eos, watch)
-                box.children = [replay(fresh, view), *box.children[1:]]
-            except InputError as error:
-                view.value = render("conversation", facts="", messages=[dict(role="not possible", content=str(error))])
-            finally:
-                again.disabled = False
+    def rerun(button) -> None:
+        again.disabled = True
+        try:
+            box.children = [replay(run(field.value, watch), view), *box.children[1:]]
+        except InputError as error:
+            view.value = render("conversation", facts="", messages=[dict(role="not possible", content=str(error))])
+        finally:
+            again.disabled = False
 
-        again.on_click(rerun)
-        controls.append(ipywidgets.HBox([prompt_field, again]))
-    box = ipywidgets.VBox(controls)
+    again.on_click(rerun)
+    box = ipywidgets.VBox([replay(lanes, view), ipywidgets.HBox([field, again])])
     display(box)
     return lanes
 

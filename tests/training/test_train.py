@@ -290,7 +290,7 @@ def killed_after(config, seconds: float | None) -> bool:
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_at_the_same_files(values, tmp_path):
-    values |= dict(num_train_epochs=30, save_steps=10, per_device_train_batch_size=16, report_to="none")
+    values |= dict(num_train_epochs=6, save_steps=10, per_device_train_batch_size=16, logging_steps=10)
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     whole.write_text(json.dumps(values | dict(output_dir=str(tmp_path / "whole"))))
     parts.write_text(json.dumps(values | dict(output_dir=str(tmp_path / "parts"))))

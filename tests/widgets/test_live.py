@@ -100,8 +100,9 @@ def test_whoever_used_less_time_goes_next_and_the_race_is_watched(monkeypatch, r
     assert lanes["heads"].seconds <= lanes["plain"].seconds
 
 
-def test_a_live_race_is_replayed_and_run_again(runners, tokenizer, shown, live):
-    race.race(runners, tokenizer, PROMPT, 12, [], ask=lambda text: torch.arange(*map(int, text.split())), text="5 25")
+def test_a_live_race_is_replayed_and_run_again(runners, tokenizer, shown, live, tmp_path):
+    race.race(runners, tokenizer, "Hi", 12, [], keep=tmp_path / "race.gif")
+    assert (tmp_path / "race.gif").stat().st_size
     view, box = shown
     slider, speed = box.children[0].children[1:]
     finished = view.value
@@ -109,11 +110,12 @@ def test_a_live_race_is_replayed_and_run_again(runners, tokenizer, shown, live):
     assert "0 tokens" in view.value and view.value != finished
     speed.value = 30
     field, again = box.children[1].children
-    assert field.value == "5 25"
+    assert field.value == "Hi"
+    field.value = "Hello there"
     again.click()
     assert view.value not in ("", finished) and not again.disabled
     assert box.children[0].children[1] is not slider
-    field.value = "5 200"
+    field.value = "long " * 200
     again.click()
     assert "do not fit" in view.value and not again.disabled
 
