@@ -5,7 +5,9 @@ from pathlib import Path
 
 import nbformat
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
 
 from medusa_nb.course.report import LESSONS
 from medusa_nb.course.run import notebooks
@@ -33,11 +35,13 @@ def build_site(folder: Path) -> list[Path]:
         cell = nbformat.v4.new_markdown_cell(file.read_text(encoding="utf-8"))
         pages.append(_write(convert, nbformat.v4.new_notebook(cells=[cell]), folder / f"{file.stem}.html"))
     figures = paths[0].parent.parent / "data" / "figures"
-    for name in FIGURES:
-        if (figures / name).is_file():
-            shutil.copy(figures / name, folder / name)
-    entries = [(path.stem, path.stem.replace("_", " "), LESSONS[path.name[:2]]) for path in paths]
-    index = _PAGES.get_template("index.html.jinja").render(entries=entries, others=OTHERS)
+    shown = [name for name in FIGURES if (figures / name).is_file()]
+    for name in shown:
+        shutil.copy(figures / name, folder / name)
+    entries = [
+        (path.stem, path.stem.replace("_", " "), Markup(markdown2html(LESSONS[path.name[:2]]))) for path in paths
+    ]
+    index = _PAGES.get_template("index.html.jinja").render(entries=entries, others=OTHERS, figures=shown)
     (folder / "index.html").write_text(index, encoding="utf-8")
     return [*pages, folder / "index.html"]
 

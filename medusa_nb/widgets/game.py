@@ -1,5 +1,7 @@
 """The game: you are the head. Type the next tokens; one pass of the model judges all of them."""
 
+from html import escape
+
 import torch
 from IPython.display import display
 
@@ -74,7 +76,7 @@ def play(model, tokenizer, prompt: torch.Tensor, eos: list[int], drafts: tuple[s
         return game
     import ipywidgets
 
-    view, verdict = ipywidgets.HTML(), ipywidgets.Label()
+    view, verdict = ipywidgets.HTML(), ipywidgets.HTML()
     field = ipywidgets.Text(
         placeholder="what comes next? spaces count", continuous_update=False, layout={"width": "30em"}
     )
@@ -84,7 +86,7 @@ def play(model, tokenizer, prompt: torch.Tensor, eos: list[int], drafts: tuple[s
 
     def judge(*_) -> None:
         if field.value and not game.over:
-            verdict.value = game.judge(field.value)
+            verdict.value = escape(game.judge(field.value))
             field.value, field.disabled = "", game.over
             draw()
 

@@ -21,16 +21,15 @@ import pytest
 from notebook_page import CHROMIUM, FLAGS, LOOPBACK, OUT, RUN, SETTINGS, WORK
 from playwright.sync_api import sync_playwright
 
-from medusa_nb.base_model import ROOT
+from medusa_nb.storage import require_repository
+
+ROOT = require_repository("the browser tests")
 
 
 def prepare_folder() -> Path:
     """The notebooks without outputs and with this test's parameters, where JupyterLab will find them."""
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "shots").mkdir(parents=True)
-    for name in ("medusa_nb", "data"):  # what the notebooks reach by a relative path
-        (OUT / "lab").mkdir(exist_ok=True)
-        (OUT / "lab" / name).symlink_to(ROOT / name)
     folder = OUT / "lab" / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for path in folder.glob("*.ipynb"):
@@ -80,6 +79,7 @@ def lab():
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
     command += [f"--LabApp.user_settings_dir={OUT / 'settings'}", f"--LabApp.workspaces_dir={OUT / 'workspaces'}"]
     command += ["--LabApp.news_url=None", "--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.expose_app_in_browser=True"]  # for its command that changes the theme
     command += ["--KernelManager.transport_encryption=auto"]
     environment = os.environ | dict(JUPYTER_TOKEN=token, HF_HUB_OFFLINE="1")
     environment.pop("MEDUSA_NB_HEADLESS", None)

@@ -5,9 +5,11 @@ import shutil
 import time
 from pathlib import Path
 
-from medusa_nb.base_model import ROOT
+from medusa_nb.storage import require_repository
 
-OUT = ROOT / "build" / "browser"
+OUT = require_repository("the browser tests") / "build" / "browser"
+WINDOWS = {"wide": 1280, "narrow": 720}
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 RUN = os.environ.get("MEDUSA_NB_BROWSER_RUN", "smoke")
 WORK = Path(os.environ.get("MEDUSA_NB_BROWSER_WORK") or OUT / "work").resolve()
 LOOPBACK = {"127.0.0.1", "localhost", ""}
@@ -46,6 +48,25 @@ class NotebookPage:
             part.scroll_into_view_if_needed()
             self.page.wait_for_timeout(300)
             part.screenshot(path=file)
+
+    def shots(self, **parts) -> None:
+        """Pictures of parts of the page: wide and narrow, light and dark; afterwards wide and light again."""
+        for theme in ("dark", "light"):
+            self.theme(theme)
+            for window in ("narrow", "wide"):
+                self.page.set_viewport_size({"width": WINDOWS[window], "height": 900})
+                self.page.wait_for_timeout(500)
+                for name, part in parts.items():
+                    self.shot(f"{name}_{window}_{theme}", part)
+
+    def theme(self, name: str) -> None:
+        """Choose JupyterLab's light or dark theme."""
+        self.page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", THEMES[name]
+        )
+        light = str(name == "light").lower()
+        self.page.wait_for_function(f"document.body.dataset.jpThemeLight === '{light}'")
+        self.page.wait_for_timeout(500)
 
     def start(self) -> None:
         """Run all cells, from the menu."""

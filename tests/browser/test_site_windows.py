@@ -3,7 +3,7 @@
 import pytest
 from notebook_page import OUT
 
-from medusa_nb.site import build_site
+from medusa_nb.course.site import build_site
 
 WINDOWS = {"wide": 1280, "narrow": 390}
 
