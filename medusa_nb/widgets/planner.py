@@ -66,7 +66,8 @@ def planner(counts: Counter, latency: dict[int, float], draft: float, size: int 
         draw_plan(axes, now, nodes.value)
         image.value = png(figure)
         tokens = expected_tokens(build_tree(counts, nodes.value), counts)
-        words.value = f"{nodes.value} nodes: {tokens:.2f} tokens per pass, {now[nodes.value]:.2f} times as fast"
+        shown = f"{nodes.value} node{'s' if nodes.value > 1 else ''}"
+        words.value = f"{shown}: {tokens:.2f} tokens per pass, {now[nodes.value]:.2f} times as fast"
 
     for slider in (nodes, slope):
         slider.observe(move, names="value")

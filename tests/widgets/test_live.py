@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from random_heads import randomised
 
+from medusa_nb.chat import prompt_ids
 from medusa_nb.decoding import Decoder
 from medusa_nb.drafting import GrowingTree
 from medusa_nb.path_heads import PathHeads
@@ -67,8 +68,9 @@ def test_the_game_ends_with_the_answer(tiny_model, tokenizer, shown, live):
 
 
 def test_both_runners_write_the_text_of_plain_decoding(runners, tokenizer, shown):
-    lanes = race.race(runners, tokenizer, PROMPT, 30, [])
-    expected = runners["plain"].generate([PROMPT], 30, [])[0]
+    lanes = race.race(runners, tokenizer, "Hi", 30, [])
+    prompt = torch.tensor(prompt_ids(tokenizer, [dict(role="user", content="Hi")]))
+    expected = runners["plain"].generate([prompt], 30, [])[0]
     for lane in lanes.values():
         assert lane.pieces == [tokenizer.decode([token]) for token in expected.new_tokens]
         assert len(lane.pieces) == len(lane.times) == len(lane.drafted_by)
