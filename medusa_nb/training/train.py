@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import BitsAndBytesConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from medusa_nb.base_model import load_base_model
 from medusa_nb.chat import require_chat_template
@@ -199,8 +200,8 @@ def fit(
             callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *(callbacks or [])],
         )
         trainer.remove_callback(PrinterCallback)
-        if is_headless():
-            trainer.remove_callback(ProgressCallback)
+        if is_headless() or callbacks:  # a monitor shows more than a bar, or in notebooks a table, would
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO or FSDP has split
         if trainer.is_world_process_zero():

@@ -53,7 +53,7 @@ def planner(counts: Counter, latency: dict[int, float], draft: float, size: int 
         return curve
     import ipywidgets
 
-    wide = dict(style={"description_width": "15em"}, layout={"width": "36em"})
+    wide = dict(style={"description_width": "18em"}, layout={"width": "40em"})
     nodes = ipywidgets.SelectionSlider(options=list(latency), value=size, description="nodes in the tree", **wide)
     slope = ipywidgets.FloatSlider(value=1, max=8, description="cost of width, 1 = as measured", **wide)
     figure, axes = plt.subplots()

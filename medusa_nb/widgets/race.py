@@ -132,7 +132,9 @@ def race(
     lanes = run(question, watch)
     if keep:
         animation(lanes, keep)
-    field = ipywidgets.Textarea(value=question, rows=4, layout={"width": "34em"}, description="a prompt")
+    field = ipywidgets.Textarea(
+        value=question, rows=4, layout={"width": "34em", "max_width": "100%"}, description="a prompt"
+    )
     again = ipywidgets.Button(description="race again", icon="flag-checkered")
 
     def rerun(button) -> None:
@@ -145,7 +147,7 @@ def race(
             again.disabled = False
 
     again.on_click(rerun)
-    box = ipywidgets.VBox([replay(lanes, view), ipywidgets.HBox([field, again])])
+    box = ipywidgets.VBox([replay(lanes, view), ipywidgets.HBox([field, again], layout={"flex_flow": "row wrap"})])
     display(box)
     return lanes
 
@@ -166,7 +168,7 @@ def replay(lanes: Lanes, view):
     slider.observe(move, names="value")
     ipywidgets.jslink((play, "value"), (slider, "value"))
     speed.observe(lambda change: setattr(play, "interval", change["new"]), names="value")
-    return ipywidgets.HBox([play, slider, speed])
+    return ipywidgets.HBox([play, slider, speed], layout={"flex_flow": "row wrap"})
 
 
 def plot(lanes: Lanes) -> None:
