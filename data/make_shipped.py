@@ -23,7 +23,7 @@ from medusa_nb.measurement.timing import Timing, tokens_interval
 from medusa_nb.storage import build_folder, write_json
 from medusa_nb.training.calibration import FILE, Calibration
 from medusa_nb.training.options import HeadTraining
-from medusa_nb.training.train import train
+from medusa_nb.training.train import train_heads
 
 KINDS = dict(plain="medusa", full="path")
 SHARES = (1 / 16, 1 / 4, 1)  # of the training answers, for the curve
@@ -78,7 +78,7 @@ def train_share(model, tokenizer, work: Path, folder: Path, kind: str, share: fl
             handle.write(json.dumps(row) + "\n")
     options = HeadTraining(output_dir=str(folder), data_path=str(data), kind=kind, num_train_epochs=EPOCHS,
                            kept_states=str(work / "states"), use_cpu=model.device.type == "cpu")  # fmt: skip
-    return train(options, model, tokenizer)
+    return train_heads(options, model, tokenizer)
 
 
 def measure(

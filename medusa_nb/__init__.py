@@ -23,12 +23,11 @@ _WHERE = {
     "distillation.records": ("load_answers",),
     "training.features": ("cache_features", "head_labels", "Features"),
     "training.options": ("HeadTraining",),
-    "training.train": ("train", "fit"),
+    "training.train": ("train_heads", "fit"),
     "training.loss": ("rank_table", "accuracy"),
     "training.calibration": ("Calibration",),
     "measurement.timing": ("compare", "decode_with", "speedup", "transformers_generate"),
     "measurement.latency": ("measure_latency",),
-    "export.formats": ("export",),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)

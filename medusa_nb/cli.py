@@ -204,12 +204,12 @@ def command_distill(options) -> None:
 def command_train(options) -> None:
     """Train heads, calibrate them on held-out answers, save; all options are those of ``medusa_nb.training``."""
     from medusa_nb.training.options import parse
-    from medusa_nb.training.train import train
+    from medusa_nb.training.train import train_heads
 
     words = options.rest
     config = words[:1] if words and words[0].endswith(".json") else []
     words = [*config, "--data_path", str(options.answers), "--output_dir", str(options.out), *words[len(config) :]]
-    report = train(parse(words))
+    report = train_heads(parse(words))
     print(json.dumps({name: value for name, value in report.items() if name != "heads"}, indent=2))
 
 

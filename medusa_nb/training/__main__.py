@@ -12,7 +12,7 @@ import torch
 from medusa_nb.chat import clean_text
 from medusa_nb.errors import InputError
 from medusa_nb.training.options import HeadTraining, parse
-from medusa_nb.training.train import train
+from medusa_nb.training.train import train_heads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("  ... and every option of transformers.TrainingArguments that makes sense here")
         return 0 if arguments else 2
     try:
-        report = train(parse(arguments))
+        report = train_heads(parse(arguments))
     except InputError as error:
         print(f"error: {clean_text(str(error))}", file=sys.stderr)
         return 2

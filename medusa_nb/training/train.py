@@ -45,7 +45,9 @@ from medusa_nb.training.options import QUANTISED, HeadTraining
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint's files; whole if the checkpoint is
 
 
-def train(options: HeadTraining, model=None, tokenizer=None, callbacks: list[TrainerCallback] | None = None) -> dict:
+def train_heads(
+    options: HeadTraining, model=None, tokenizer=None, callbacks: list[TrainerCallback] | None = None
+) -> dict:
     """Train heads as ``options`` say, judge them on the answers of the split ``calibration``, and save all of it.
 
     ``output_dir`` then holds the heads, ``calibration.json``, ``log.jsonl`` and ``report.json``. Interrupted and

@@ -9,14 +9,14 @@ from notebook_page import OUT, RUN, WORK, NotebookPage, changed
 MONITORED = f"""
 from medusa_nb.course.walk import start
 from medusa_nb.training.options import HeadTraining
-from medusa_nb.training.train import train
+from medusa_nb.training.train import train_heads
 from medusa_nb.widgets.monitor import TrainingMonitor
 
 walk, model, tokenizer = start("{RUN}", "{WORK}")
 answers = str(walk.folder / "training_answers.jsonl")
 options = HeadTraining(output_dir="stopped", data_path=answers, num_train_epochs=100_000, logging_steps=5, use_cpu=True)
 monitor = TrainingMonitor(4)
-report = await monitor.watch(train, options, model, tokenizer)
+report = await monitor.watch(train_heads, options, model, tokenizer)
 print("trained until step", monitor.log[-1]["step"], "of many")
 """
 

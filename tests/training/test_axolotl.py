@@ -20,7 +20,7 @@ from medusa_nb.training.axolotl import REFUSED, HeadsOverBase, MedusaArgs, Medus
 from medusa_nb.training.calibration import Calibration
 from medusa_nb.training.features import IGNORED, encode_answer, supervise
 from medusa_nb.training.options import HeadTraining
-from medusa_nb.training.train import Conversations, HeadsTrainer, collate, train
+from medusa_nb.training.train import Conversations, HeadsTrainer, collate, train_heads
 
 pytest_plugins = ["training_setting"]
 YAML = repository() / "data" / "configs" / "axolotl_learner.yaml"
@@ -221,7 +221,7 @@ def test_axolotl_trains_the_very_heads_of_our_own_training(setting):
         logging_steps=1,
         save_strategy="no",
     )
-    ours = train(how, model, tokenizer)["heads"]
+    ours = train_heads(how, model, tokenizer)["heads"]
     assert ours.weight.abs().sum() > 0
     for name, tensor in ours.tensors().items():
         torch.testing.assert_close(theirs.tensors()[name], tensor, atol=1e-4, rtol=0)

@@ -14,7 +14,7 @@ import torch
 from medusa_nb.base_model import load_base_model
 from medusa_nb.heads_file import load_heads
 from medusa_nb.training.options import parse
-from medusa_nb.training.train import train
+from medusa_nb.training.train import train_heads
 
 pytest_plugins = ["training_setting"]
 PATH = dict(kind="path", draft_vocabulary=12)
@@ -70,7 +70,7 @@ def free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [dict(states="online"), dict(states="cached"), PATH], ids=str)
 def test_two_processes_train_the_heads_of_one(kind, values, tmp_path):
-    train(parse([config(values, tmp_path, "one", **kind)]))
+    train_heads(parse([config(values, tmp_path, "one", **kind)]))
     file = config(values, tmp_path, "two", **kind, per_device_train_batch_size=8)
     [output] = finish(torchrun(file, "--nproc_per_node=2", "--standalone"))
     same_heads(tmp_path, "one", "two", values)
@@ -80,7 +80,7 @@ def test_two_processes_train_the_heads_of_one(kind, values, tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_of_two_processes_train_the_heads_of_one(values, tmp_path):
-    train(parse([config(values, tmp_path, "one")]))
+    train_heads(parse([config(values, tmp_path, "one")]))
     file, port = config(values, tmp_path, "four", per_device_train_batch_size=4), free_port()
     flags = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
     finish(*(torchrun(file, *flags, "--rdzv_id=heads", "--local_addr=127.0.0.1") for _ in range(2)))
@@ -98,7 +98,7 @@ def workers_of(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again_and_ends_at_the_same_weights(values, tmp_path):
     more = dict(num_train_epochs=30, save_steps=5)
-    train(parse([config(values, tmp_path, "one", **more)]))
+    train_heads(parse([config(values, tmp_path, "one", **more)]))
     file = config(values, tmp_path, "two", **more, per_device_train_batch_size=8)
     agent = torchrun(file, "--nproc_per_node=2", "--standalone", "--max-restarts=3")
     end, killed = time.monotonic() + 300, False

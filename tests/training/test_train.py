@@ -24,7 +24,7 @@ from medusa_nb.training.__main__ import main
 from medusa_nb.training.calibration import FILE, Calibration
 from medusa_nb.training.features import IGNORED, cache_features, supervise
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, rank_table
-from medusa_nb.training.train import Conversations, OnlineHeads, collate, fit, last_checkpoint, train
+from medusa_nb.training.train import Conversations, OnlineHeads, collate, fit, last_checkpoint, train_heads
 
 pytest_plugins = ["training_setting"]
 KINDS = [dict(), dict(own_projection=True), dict(kind="path"), dict(states="online", per_device_train_batch_size=8)]
@@ -70,7 +70,7 @@ def equal(one, other) -> bool:
 def test_heads_learn_and_the_base_model_stays_as_it_is(kind, options, tiny_model, tokenizer, tmp_path):
     before = fingerprint(tiny_model)
     how = options(num_train_epochs=6, lr_scheduler_type="constant", soft_share=0.0, **kind)
-    report = train(how, tiny_model, tokenizer)
+    report = train_heads(how, tiny_model, tokenizer)
     log = [json.loads(line) for line in (tmp_path / "heads" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"] and {"head0_loss", "head1_top5"} <= steps[0].keys()
@@ -87,7 +87,7 @@ def test_heads_learn_and_the_base_model_stays_as_it_is(kind, options, tiny_model
 
 def test_the_first_loss_in_the_log_equals_one_computed_here(options, tiny_model, tokenizer, rows, tmp_path):
     how = options(loss_vocabulary=0, soft_share=0.0, per_device_train_batch_size=10**6)
-    train(how, tiny_model, tokenizer)
+    train_heads(how, tiny_model, tokenizer)
     features = cache_features(tiny_model, tokenizer, [r for r in rows if r["split"] == "train"], tmp_path / "f", 2)
     wanted = 0.0
     for k in range(2):  # untrained heads say what the base model says
@@ -114,7 +114,7 @@ def test_cached_and_online_give_the_same_loss(soft_share, tiny_model, tokenizer,
 def test_a_bf16_base_model_stays_bf16_and_heads_are_saved_in_it(options, tokenizer, tmp_path):
     model = small_llama(len(tokenizer)).to(torch.bfloat16)
     before, lm_head = fingerprint(model), model.get_output_embeddings()
-    heads = train(options(), model, tokenizer)["heads"]
+    heads = train_heads(options(), model, tokenizer)["heads"]
     assert heads.weight.dtype == model.dtype == torch.bfloat16 and heads.lm_head is lm_head
     assert fingerprint(model) == before and heads.weight.any()
 
@@ -141,10 +141,10 @@ def test_a_base_whose_states_overflow_in_float16_is_refused_and_nothing_is_saved
 
 
 def test_training_that_explodes_is_an_error_and_leaves_earlier_heads_alone(options, tiny_model, tokenizer, tmp_path):
-    train(options(), tiny_model, tokenizer)
+    train_heads(options(), tiny_model, tokenizer)
     before = (tmp_path / "heads" / WEIGHTS).read_bytes()
     with pytest.raises(InputError, match="the loss is not finite"):
-        train(options(), tiny_model, tokenizer, [Explode()])
+        train_heads(options(), tiny_model, tokenizer, [Explode()])
     assert (tmp_path / "heads" / WEIGHTS).read_bytes() == before
 
 
@@ -181,19 +181,19 @@ def test_a_sharegpt_file_is_named_as_such_and_the_command_to_run_first(form, val
 def test_a_file_without_held_out_answers(options, rows, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["split"] == "train"))
     with pytest.raises(InputError, match="32 train and 0 calibration answers"):
-        train(options(data_path=str(tmp_path / "a.jsonl")))
+        train_heads(options(data_path=str(tmp_path / "a.jsonl")))
 
 
 def test_loops_are_not_trained_on(options, rows, tiny_model, tokenizer, tmp_path):
     looped = [row | dict(loop=i % 2 == 0) for i, row in enumerate(rows)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in looped))
-    assert train(options(data_path=str(tmp_path / "a.jsonl")), tiny_model, tokenizer)["conversations"] == 16
+    assert train_heads(options(data_path=str(tmp_path / "a.jsonl")), tiny_model, tokenizer)["conversations"] == 16
 
 
 def test_answers_without_a_label_for_the_last_head(options, tiny_model, tokenizer, tmp_path, rows):
     short = [row | dict(messages=[row["messages"][0], dict(role="assistant", content="a")]) for row in rows]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
-    report = train(options(data_path=str(tmp_path / "a.jsonl"), medusa_num_heads=3), tiny_model, tokenizer)
+    report = train_heads(options(data_path=str(tmp_path / "a.jsonl"), medusa_num_heads=3), tiny_model, tokenizer)
     assert report["accuracy"][2] == dict(top1=None, top5=None, labels=0)
     assert (
         "NaN" not in (tmp_path / "heads" / "log.jsonl").read_text() + (tmp_path / "heads" / "report.json").read_text()
@@ -206,11 +206,11 @@ def test_answers_without_a_label_for_the_last_head(options, tiny_model, tokenize
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_interrupted_training_ends_at_the_same_weights(kind, options, tiny_model, tokenizer, tmp_path):
     more = dict(save_steps=3) | kind
-    whole = train(options(output_dir=str(tmp_path / "whole"), **more), tiny_model, tokenizer)
+    whole = train_heads(options(output_dir=str(tmp_path / "whole"), **more), tiny_model, tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        train(options(**more), tiny_model, tokenizer, [Interrupt(5)])
+        train_heads(options(**more), tiny_model, tokenizer, [Interrupt(5)])
     watch = Watch()
-    parts = train(options(**more), tiny_model, tokenizer, [watch])
+    parts = train_heads(options(**more), tiny_model, tokenizer, [watch])
     assert watch.steps[0] == 4 and equal(whole["heads"], parts["heads"])
     assert {step % 3 for step in watch.saved} == {0} and watch.steps[-1] not in watch.saved
     for name in (WEIGHTS, FILE, "report.json", "config.json"):
@@ -222,9 +222,9 @@ def test_interrupted_training_ends_at_the_same_weights(kind, options, tiny_model
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_checkpoint_that_a_kill_left_unfinished_is_passed_over(damage, options, tiny_model, tokenizer, tmp_path):
     how = dict(save_steps=2, save_total_limit=3)
-    whole = train(options(output_dir=str(tmp_path / "whole"), **how), tiny_model, tokenizer)
+    whole = train_heads(options(output_dir=str(tmp_path / "whole"), **how), tiny_model, tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        train(options(**how), tiny_model, tokenizer, [Interrupt(7)])
+        train_heads(options(**how), tiny_model, tokenizer, [Interrupt(7)])
     state = tmp_path / "heads" / "checkpoints" / "checkpoint-6" / "trainer_state.json"
     if damage == "gone":
         state.unlink()
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_passed_over(damage, options
         state.write_text(state.read_text()[:100])
     assert last_checkpoint(tmp_path / "heads" / "checkpoints").endswith("checkpoint-4")
     watch = Watch()
-    parts = train(options(**how), tiny_model, tokenizer, [watch])
+    parts = train_heads(options(**how), tiny_model, tokenizer, [watch])
     assert watch.steps[0] == 5 and equal(whole["heads"], parts["heads"])
 
 
@@ -243,9 +243,9 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_passed_over(damage, options
 )
 def test_other_work_does_not_go_on_from_a_checkpoint(other, options, tiny_model, tokenizer):
     with pytest.raises(KeyboardInterrupt):
-        train(options(save_steps=2), tiny_model, tokenizer, [Interrupt(5)])
+        train_heads(options(save_steps=2), tiny_model, tokenizer, [Interrupt(5)])
     with pytest.raises(InputError, match="was made with other settings"):
-        train(options(save_steps=2, **other), tiny_model, tokenizer)
+        train_heads(options(save_steps=2, **other), tiny_model, tokenizer)
 
 
 def test_dtype_is_put_back_after_an_interruption(options, tokenizer, rows, tmp_path):
@@ -259,11 +259,11 @@ def test_dtype_is_put_back_after_an_interruption(options, tokenizer, rows, tmp_p
 
 def test_an_unwritable_place_is_named(options):
     with pytest.raises(InputError, match="cannot write to '/proc/none'"):
-        train(options(output_dir="/proc/none"))
+        train_heads(options(output_dir="/proc/none"))
 
 
 def test_path_heads_draft_the_most_frequent_tokens_only(options, tiny_model, tokenizer):
-    heads = train(options(kind="path", draft_vocabulary=7), tiny_model, tokenizer)["heads"]
+    heads = train_heads(options(kind="path", draft_vocabulary=7), tiny_model, tokenizer)["heads"]
     assert isinstance(heads, PathHeads) and len(heads.vocabulary) == 7
 
 
