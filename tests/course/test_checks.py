@@ -184,7 +184,11 @@ def test_an_error_in_the_answer_is_shown():
         checks.break_even(lambda t1: t1)
 
 
-@pytest.mark.parametrize("value", ["text", [None, 1], {}, float("nan"), object(), [[1], [2, 3]]], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    ["text", [None, 1], {}, float("nan"), object(), [[1], [2, 3]]],
+    ids=["text", "list", "dict", "nan", "object", "lists"],
+)
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_answer_of_another_kind_fails_with_the_hint(name, value):
     with pytest.raises(NotYet, match=r".{20}"):
