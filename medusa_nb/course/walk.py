@@ -26,10 +26,10 @@ from medusa_nb.widgets.style import set_style
 
 SCHEMA = 2  # of results.json; raise it when a name changes its meaning
 RESULTS = {  # what results.json holds, and which notebook writes it
-    "schema": "set-up", "run_id": "set-up", "started": "set-up", "machine": "set-up", "versions": "set-up",
+    "schema": "set-up", "run_id": "set-up", "started": "set-up", "machine": "set-up",
     "game": "01", "latency_ms": "01", "read_ms": "01", "bounds": "01",
     "distillation": "02", "data": "02", "live_equals_shipped": "02",
-    "training": "03", "accuracy": "03", "trained_on": "03",
+    "training": "03", "accuracy": "03",
     "speed": "04", "identity": "04", "domains": "04", "lesson": "04", "race": "04", "speed_other_dtype": "04",
     "ladder": "05", "benchmark": "05",
     "minutes": "the run",
