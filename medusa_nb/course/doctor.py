@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 import psutil
 import torch
@@ -44,7 +45,8 @@ def machine_checks() -> Iterator[Check]:
     yield disk > 3, "3 GB of free disk", f"{disk:.1f} GB"
     yield (os.cpu_count() or 1) >= 2, "2 cores", str(os.cpu_count())
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or shutil.which("cl")
-    yield True, "a C++ compiler (optional: compiled steps)", compiler or "none, steps run eagerly"
+    found = Path(compiler).name if compiler else "none, steps run eagerly"
+    yield True, "a C++ compiler (optional: compiled steps)", found
     native = "native" if has_native_bf16() else "not native"
     chosen = dtype_name(suitable_dtype(suitable_device()))
     yield True, "number format of the walk", f"{chosen} on {suitable_device()} (bf16 is {native} on this CPU)"
