@@ -72,9 +72,9 @@ def timeline() -> None:
         axes.add_patch(Rectangle((i, 1.25), 0.94, 0.5, fc="#e6e6e6", ec=BASE, lw=0.8))
         axes.text(i + 0.47, 1.5, word, ha="center", va="center", fontsize=8, **MONO)
     for i in range(3):
-        axes.add_patch(Rectangle((1.18 * i, 0.15), 1.12, 0.5, fc="#cfe3f1", ec=OURS, lw=0.8))
-        part = " ".join(words[3 * i : 3 * i + 3])
-        axes.text(1.18 * i + 0.56, 0.4, part, ha="center", va="center", fontsize=6.3, **MONO)
+        axes.add_patch(Rectangle((1.18 * i, 0.0), 1.12, 0.8, fc="#cfe3f1", ec=OURS, lw=0.8))
+        part = "\n".join(words[3 * i : 3 * i + 3])
+        axes.text(1.18 * i + 0.56, 0.4, part, ha="center", va="center", fontsize=6.8, **MONO)
     axes.text(-0.15, 1.5, "plain", ha="right", va="center")
     axes.text(-0.15, 0.4, "speculative", ha="right", va="center")
     axes.annotate("", (9.3, -0.15), (0, -0.15), arrowprops=dict(arrowstyle="->", color=BASE))
