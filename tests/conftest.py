@@ -72,13 +72,17 @@ def tiny_model(tokenizer):
     return small_llama(len(tokenizer), context=1024, eos_token_id=tokenizer.eos_token_id)
 
 
+def save(model, tokenizer, folder: Path) -> Path:
+    """A model folder as any other."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_model, tokenizer, tmp_path_factory):
     """``tiny_model`` and its tokenizer saved as any model folder is. Shared: tests must not change it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(tiny_model, tokenizer, tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")

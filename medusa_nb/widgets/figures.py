@@ -268,16 +268,19 @@ def draw_training(figure, log: list[dict], num_heads: int, uniform: float | None
     panels = figure.subplots(1, 2)
     labels = dict(loss="cross entropy (nats)", top1="top-1 on training batches")
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        ends = []
         for k in range(num_heads):
             points = {r["step"]: r[f"head{k}_{name}"] for r in log if f"head{k}_{name}" in r}
-            smooth, color = pandas.Series(points, dtype=float).rolling(7, min_periods=1).mean(), HEADS[k % len(HEADS)]
-            axes.plot(list(points), list(points.values()), color=color, lw=0.5, alpha=0.4)
-            axes.plot(smooth, color=color, lw=1.6)
-            for step, value in smooth[-1:].items():
-                axes.annotate(f" head {k}", (step, value), color=color, fontsize=8)
+            smooth = pandas.Series(points, dtype=float).rolling(7, min_periods=1).mean()
+            axes.plot(smooth, color=HEADS[k % len(HEADS)], lw=1.6)
+            ends += [(value, step, k) for step, value in smooth[-1:].items()]
         axes.set(xlabel="training step", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.set_xlim(right=axes.get_xlim()[1] * 1.16)
+        free, apart = 0.0, 0.06 * axes.get_ylim()[1]
+        for value, step, k in sorted(ends):  # labels of neighbouring lines must not cover each other
+            free = max(free, value) + apart
+            axes.annotate(f" head {k}", (step, free - apart), color=HEADS[k % len(HEADS)], fontsize=8, va="center")
     if uniform and log:
         panels[0].axhline(uniform, color=MUTED, ls="--", lw=1)
         panels[0].annotate("uniform: ln V", (log[0]["step"], uniform), va="bottom", color="#777777", fontsize=8)

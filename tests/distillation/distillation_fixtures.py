@@ -4,6 +4,7 @@ import copy
 
 import pytest
 from chat_server import ChatServer, echo, user
+from conftest import save
 from datasets import Dataset
 
 WORDS = "def return class value for in index self name list yield import raise lambda while break".split()
@@ -27,10 +28,7 @@ def ending_model(tiny_model):
 @pytest.fixture(scope="session")
 def ending_folder(ending_model, tokenizer, tmp_path_factory):
     """``ending_model`` as a model folder."""
-    folder = tmp_path_factory.mktemp("ending") / "model"
-    ending_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(ending_model, tokenizer, tmp_path_factory.mktemp("ending") / "model")
 
 
 @pytest.fixture
