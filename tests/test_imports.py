@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 from transformers import GenerationConfig
 
 import medusa_nb

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 from chat_server import ChatServer, echo, user
-from conftest import save
 from datasets import Dataset
+from tiny_models import save
 
 WORDS = "def return class value for in index self name list yield import raise lambda while break".split()
 

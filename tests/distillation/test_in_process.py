@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import small_llama
 from datasets import Dataset
+from tiny_models import small_llama
 
 from medusa_nb import cli
 from medusa_nb.cli import main

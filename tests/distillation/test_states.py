@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import small_llama
 from datasets import Dataset
+from tiny_models import small_llama
 
 from medusa_nb.chat import prompt_ids
 from medusa_nb.distillation.in_process import DistillationSettings, distil

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import random_model, random_tree, small_llama
+from tiny_models import random_model, random_tree, small_llama
 from transformers import AutoModelForCausalLM, GenerationConfig, GraniteConfig, StoppingCriteria, StoppingCriteriaList
 
 from medusa_nb.decoding import Decoder

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 import torch
-from conftest import random_model, small_llama
 from safetensors.torch import load_file, save_file
+from tiny_models import random_model, small_llama
 from transformers import GraniteConfig, PhiConfig
 
 from medusa_nb.errors import InputError

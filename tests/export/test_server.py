@@ -5,7 +5,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 from transformers import AutoModelForCausalLM
 
 from medusa_nb.errors import InputError

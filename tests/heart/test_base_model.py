@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_model, small_llama
 from safetensors.torch import load_file, save_file
+from tiny_models import random_model, small_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CohereConfig, Gemma2Config, GptOssConfig, GraniteConfig, PreTrainedTokenizerFast, T5Config
 

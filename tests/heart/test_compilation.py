@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, random_tree, small_llama
 from drafts import FEW, own_text, path_heads, prompt, random_heads
+from tiny_models import random_model, random_tree, small_llama
 from torch._dynamo.utils import counters
 from transformers import Gemma3TextConfig, GPT2Config, MistralConfig
 
@@ -127,7 +127,7 @@ import os
 import sys
 
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 from drafts import own_text, prompt
 
 from medusa_nb.decoding import Decoder

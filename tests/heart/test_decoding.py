@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_tree, small_llama
 from drafts import own_text, path_heads, prompt, random_heads
+from tiny_models import random_tree, small_llama
 
 from medusa_nb.decoding import COPIED, Decoder, Step
 from medusa_nb.drafting import StaticTree, filled

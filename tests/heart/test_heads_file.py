@@ -6,10 +6,10 @@ import stat
 
 import pytest
 import torch
-from conftest import small_llama
 from safetensors.torch import load_file, save_file
 from test_heads import FEW, random_heads
 from test_path_heads import random_path_heads
+from tiny_models import small_llama
 
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads

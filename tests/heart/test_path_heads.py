@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_llama
+from tiny_models import small_llama
 
 from medusa_nb.path_heads import PathHeads
 

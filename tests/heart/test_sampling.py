@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import small_llama
 from drafts import prompt, random_heads
+from tiny_models import small_llama
 
 from medusa_nb.decoding import Decoder
 from medusa_nb.errors import InputError

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import random_tree
+from tiny_models import random_tree
 
 from medusa_nb.errors import InputError
 from medusa_nb.tree import ROOT_ONLY, Tree, build_tree, count_ranks, expected_tokens

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_model, random_tree, small_llama
 from drafts import own_text, prompt, random_heads
+from tiny_models import random_model, random_tree, small_llama
 from transformers import (
     GPTNeoConfig,
     GraniteConfig,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS
+from tiny_models import EOS
 
 from medusa_nb.decoding import Decoder
 from medusa_nb.heads import MedusaHeads

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS
+from tiny_models import EOS
 
 from medusa_nb.decoding import Decoder, Generation
 from medusa_nb.measurement.identity import compare_answers, first_difference_gap, identity, near_tie

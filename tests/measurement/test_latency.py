@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 
 from medusa_nb.measurement.latency import (
     blind_decoder,

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import EOS
+from tiny_models import EOS
 
 from medusa_nb.decoding import Decoder
 from medusa_nb.errors import InputError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, random_tree
+from tiny_models import EOS, random_tree
 
 from medusa_nb.decoding import Decoder, Generation, Step
 from medusa_nb.errors import InputError

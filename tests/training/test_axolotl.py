@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import small_llama
 from pydantic import ValidationError
+from tiny_models import small_llama
 from transformers import TrainingArguments
 
 from medusa_nb.base_model import fingerprint, load_base_model

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 
 from medusa_nb.distillation.states import KeptStates
 from medusa_nb.errors import InputError

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import small_llama
 
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import small_llama
+from tiny_models import small_llama
 from transformers import TrainerCallback
 
 from medusa_nb.base_model import fingerprint
