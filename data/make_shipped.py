@@ -77,6 +77,7 @@ def train_share(model, tokenizer, work: Path, folder: Path, kind: str, share: fl
         for row in train_rows + [row for row in rows if row["split"] == "calibration"]:
             handle.write(json.dumps(row) + "\n")
     options = HeadTraining(output_dir=str(folder), data_path=str(data), kind=kind, num_train_epochs=EPOCHS,
+                           features=str(work / f"features_{round(1 / share)}"),
                            kept_states=str(work / "states"), use_cpu=model.device.type == "cpu")  # fmt: skip
     return train_heads(options, model, tokenizer)
 

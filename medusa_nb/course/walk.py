@@ -135,12 +135,14 @@ class Walk:
     def student(self, model, tokenizer, name: str, rows: list[dict]) -> MedusaHeads:
         """Plain heads trained on ``lesson_positions`` positions of some answers, for the lesson's comparison."""
         folder, positions = self.folder / "lesson" / name.replace(" ", "_"), self.settings.lesson_positions
-        rows = rows[:: max(1, len(rows) * 60 // positions // 2)]  # answers have some 60 tokens; twice as many as needed
+        rows = rows[:: max(1, len(rows) * 60 // positions)]  # answers have more than 60 tokens on average
         features = cache_features(model, tokenizer, rows, folder)
-        features = features.chosen(torch.arange(len(features))[:positions])
+        if len(features) < positions:
+            raise InputError(f"{name} give {len(features):,} positions, {positions:,} are needed for a fair comparison")
+        features = features.chosen(torch.arange(positions))
         options = HeadTraining(output_dir=str(folder / "heads"), num_train_epochs=self.settings.epochs,
                                use_cpu=model.device.type == "cpu")  # fmt: skip
-        print(f"{name}: {len(features):,} positions")
+        print(f"{name}: {positions:,} positions")
         heads = MedusaHeads(model, 4)
         fit(heads, features, options, model, tokenizer, rows)
         return heads

@@ -83,7 +83,8 @@ def prepare(
     Args:
         plain, full: plain heads and heads that see the path, each with its calibration.
         compiled: also compiled, where a compiler works.
-        steps_up: also what each idea beyond the paper adds, one at a time (compiled if there are compiled ones).
+        steps_up: also prompt lookup, and what each idea beyond the paper adds, one at a time (compiled if there are
+            compiled ones).
     """
     (plain_heads, plain_known), (heads, known) = plain, full
     drafts = {
@@ -111,7 +112,8 @@ def prepare(
             decoders[name].compile()
     loops = {name: LOOP if how else EAGER_LOOP for name, how in names.items()}
     calls = {GENERATE: lambda ids: transformers_generate(model, ids, max_new_tokens, eos)}
-    calls[LOOKUP] = lambda ids: transformers_generate(model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10)
+    if steps_up:
+        calls[LOOKUP] = lambda ids: transformers_generate(model, ids, max_new_tokens, eos, prompt_lookup_num_tokens=10)
     watches = {name: TimeToFirstToken() for name in decoders}
     calls |= {name: decode_with(d, max_new_tokens, eos, streamer=watches[name]) for name, d in decoders.items()}
     return Contestants(decoders, calls, loops, blind, watches)

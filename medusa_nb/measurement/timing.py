@@ -59,9 +59,10 @@ def decode_with(decoder: Decoder, max_new_tokens: int, eos: list[int], **options
 
 
 def decode_all(decoder: Decoder, prompts: list[torch.Tensor], max_new_tokens: int, eos: list[int]) -> "Timing":
-    """Decode prompts ``[1, T]`` one after the other, without timing: for counting tokens per pass."""
-    decode = decode_with(decoder, max_new_tokens, eos)
-    return Timing("", generations=[decode(ids) for ids in prompts])
+    """Decode prompts ``[1, T]``, as many at once as there are slots: for counting tokens per pass, not for time."""
+    texts = [ids[0] for ids in prompts]
+    groups = [texts[i : i + decoder.slots] for i in range(0, len(texts), decoder.slots)]
+    return Timing("", generations=[answer for group in groups for answer in decoder.generate(group, max_new_tokens, eos)])
 
 
 @dataclass

@@ -225,8 +225,10 @@ def cache_features(
     sizes = dict(heads=num_heads, likely=min(LIKELY, vocabulary), width=width)
     key = _key(model, tokenizer, conversations, f"{sizes} {longest_text(model, max_length)} {DATA}")
     with FileLock(folder.with_name(folder.name + ".lock")):
-        if folder.is_dir() and not is_claimed(folder, dict(features=key)):  # a cache of something else
-            shutil.rmtree(folder)
+        if folder.is_dir() and not is_claimed(folder, dict(features=key)):
+            if not is_claimed(folder):
+                raise InputError(f"'{folder}' holds something else than features; name another folder")
+            shutil.rmtree(folder)  # features of something else
         claim(folder, dict(features=key))
         if not (folder / ABOUT).exists():
             supervised, counts = supervise(model, tokenizer, conversations, num_heads, max_length)

@@ -98,6 +98,7 @@ class HeadTraining(TrainingArguments):
     depth_decay: float = option(0.8, "weight of head k in the loss: this to the power k")
     soft_share: float = option(0.5, "part of the loss on the base model's probabilities; 0: none, as in the paper")
     states: str = option("auto", "cached: computed once; online: at every step; auto: cached if the disk allows")
+    features: str | None = option(None, "folder of cached hidden states, which trainings may share")
     kept_states: str | None = option(None, "folder of states kept by `distill --keep-states`")
     load_in: str | None = option(None, "base model in float32, bfloat16, float16, 8bit or 4bit; what suits by default")
     trust_remote_code: bool = option(False, "run code from the model's repository")

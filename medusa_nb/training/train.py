@@ -69,10 +69,11 @@ def train_heads(
     require_chat_template(tokenizer)
     heads = new_heads(options, model, tokenizer, train_rows)
     count, length, kept = heads.num_heads, options.model_max_length, options.kept_states
-    judge = cache_features(model, tokenizer, held_out, out / "features" / "calibration", count, length, kept)
+    features = Path(options.features or out / "features")
+    judge = cache_features(model, tokenizer, held_out, features / "calibration", count, length, kept)
     data: Features | Conversations
     if choose_cached(options, model, train_rows):
-        data = cache_features(model, tokenizer, train_rows, out / "features" / "train", count, length, kept)
+        data = cache_features(model, tokenizer, train_rows, features / "train", count, length, kept)
     else:
         data = Conversations(*supervise(model, tokenizer, train_rows, count, length))
     counts = {name: data.about[name] for name in ("positions", "cut", "without_answer")}

@@ -289,6 +289,14 @@ def test_kept_states_are_used_and_those_that_are_missing_are_computed(tmp_path, 
 # --- refusals
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, tiny_model, tokenizer):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="something else than features"):
+        cache_features(tiny_model, tokenizer, CONVERSATIONS, tmp_path / "train")
+    assert (tmp_path / "train" / "thesis.txt").read_text() == "years of work"
+
+
 def test_no_conversation(tmp_path, tiny_model, tokenizer):
     with pytest.raises(InputError, match="data set is empty"):
         cache_features(tiny_model, tokenizer, [], tmp_path / "f")

@@ -22,6 +22,7 @@ from medusa_nb.heads_file import WEIGHTS, load_heads
 from medusa_nb.path_heads import PathHeads
 from medusa_nb.training.__main__ import main
 from medusa_nb.training.calibration import FILE, Calibration
+from medusa_nb.training import features as features_module
 from medusa_nb.training.features import IGNORED, cache_features, supervise
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, rank_table
 from medusa_nb.training.train import Conversations, OnlineHeads, collate, fit, last_checkpoint, train_heads
@@ -64,6 +65,20 @@ class Watch(TrainerCallback):
 
 def equal(one, other) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def test_trainings_on_the_same_answers_share_their_features(options, tiny_model, tokenizer, tmp_path, monkeypatch):
+    shared, computed = tmp_path / "shared", []
+    hidden_states = features_module.hidden_states
+    monkeypatch.setattr(features_module, "hidden_states", lambda *a: computed.append(1) or hidden_states(*a))
+    alone = train_heads(options(output_dir=str(tmp_path / "alone")), tiny_model, tokenizer)["heads"]
+    computed.clear()
+    for kind in ("medusa", "path"):
+        how = options(output_dir=str(tmp_path / kind), kind=kind, features=str(shared))
+        heads = train_heads(how, tiny_model, tokenizer)["heads"]
+        assert bool(computed) == (kind == "medusa") and not (tmp_path / kind / "features").exists()
+        assert kind == "path" or equal(heads, alone)
+        computed.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
