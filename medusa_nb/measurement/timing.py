@@ -62,7 +62,8 @@ def decode_all(decoder: Decoder, prompts: list[torch.Tensor], max_new_tokens: in
     """Decode prompts ``[1, T]``, as many at once as there are slots: for counting tokens per pass, not for time."""
     texts = [ids[0] for ids in prompts]
     groups = [texts[i : i + decoder.slots] for i in range(0, len(texts), decoder.slots)]
-    return Timing("", generations=[answer for group in groups for answer in decoder.generate(group, max_new_tokens, eos)])
+    answers = [answer for group in groups for answer in decoder.generate(group, max_new_tokens, eos)]
+    return Timing("", generations=answers)
 
 
 @dataclass

@@ -148,8 +148,7 @@ def test_all_ways_give_the_same_text_and_lose_no_token(small_model):
 def test_texts_that_share_a_pass_are_counted_as_if_alone(small_model):
     heads, tree = MedusaHeads(small_model, 3).requires_grad_(False), random_tree(3, 6)
     prompts = [torch.arange(5, 9 + i)[None] for i in range(5)]
-    one, four = (
-        decode_all(Decoder(small_model, heads, tree, max_length=60, slots=slots), prompts, 30, [EOS]) for slots in (1, 4)
-    )
+    decoders = [Decoder(small_model, heads, tree, max_length=60, slots=slots) for slots in (1, 4)]
+    one, four = (decode_all(decoder, prompts, 30, [EOS]) for decoder in decoders)
     assert [g.new_tokens for g in one.generations] == [g.new_tokens for g in four.generations]
     assert (one.table() == four.table()).all() and one.tokens_per_pass() == four.tokens_per_pass()

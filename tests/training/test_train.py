@@ -20,9 +20,9 @@ from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.heads_file import WEIGHTS, load_heads
 from medusa_nb.path_heads import PathHeads
+from medusa_nb.training import features as features_module
 from medusa_nb.training.__main__ import main
 from medusa_nb.training.calibration import FILE, Calibration
-from medusa_nb.training import features as features_module
 from medusa_nb.training.features import IGNORED, cache_features, supervise
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, rank_table
 from medusa_nb.training.train import Conversations, OnlineHeads, collate, fit, last_checkpoint, train_heads
