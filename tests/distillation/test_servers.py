@@ -1,6 +1,7 @@
 """Distillation through servers: nothing lost, nothing doubled, whatever goes wrong."""
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -100,7 +101,10 @@ def test_ctrl_c_ends_at_once_and_keeps_what_is_answered(chat_server, tmp_path, p
 
     server, out = chat_server(three_then_wait), tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "medusa_nb", *distill(out, server.url, prompt_file, "--concurrency", "1")]
-    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listening = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # shells tell background jobs to ignore it
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     try:
         while len(server.seen) < 4 and client.poll() is None:
             time.sleep(0.02)
