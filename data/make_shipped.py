@@ -19,7 +19,7 @@ from medusa_nb.distillation.prompts import load_prompts
 from medusa_nb.distillation.records import load_answers
 from medusa_nb.heads_file import CONFIG, WEIGHTS, load_heads
 from medusa_nb.measurement.machine import machine
-from medusa_nb.measurement.timing import Timing, tokens_interval
+from medusa_nb.measurement.timing import decode_all, tokens_interval
 from medusa_nb.storage import build_folder, write_json
 from medusa_nb.training.calibration import FILE, Calibration
 from medusa_nb.training.options import HeadTraining
@@ -88,13 +88,11 @@ def measure(
     """Tokens per pass on held-out prompts, without the answers that loop."""
     heads, known = load_heads(folder, model), Calibration.load(folder)
     rows = load_answers(answers, "test")[:prompts]
-    ids = [torch.tensor(prompt_ids(tokenizer, row["messages"][:1])) for row in rows]
+    ids = [torch.tensor([prompt_ids(tokenizer, row["messages"][:1])]) for row in rows]
     plain = hasattr(heads, "limited_to")
     tree = dict(heads=heads, tree=known.tree(size)) if plain else dict(draft=known.growing_tree(heads, size))
-    decoder = Decoder(model, max_length=max(map(len, ids)) + tokens, **tree)
-    decoder.compile()
-    eos = eos_token_ids(model, tokenizer)
-    timing = Timing("", generations=[decoder.generate([x], tokens, eos)[0] for x in ids]).without_loops()
+    decoder = Decoder(model, max_length=max(x.shape[1] for x in ids) + tokens, slots=16, **tree)
+    timing = decode_all(decoder, ids, tokens, eos_token_ids(model, tokenizer)).without_loops()
     interval = [round(x, 3) for x in tokens_interval(timing)]
     return dict(
         tokens_per_pass=round(timing.tokens_per_pass(), 3),

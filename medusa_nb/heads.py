@@ -36,6 +36,10 @@ class Heads(nn.Module, ABC):
             raise InputError(f"num_heads={num_heads}; at least one head is needed")
         self.num_heads, self.base_name = num_heads, model.config.name_or_path
         self.base = (model,)  # in a tuple, so that it is neither saved nor trained with the heads
+        self.choose_from(vocabulary)
+
+    def choose_from(self, vocabulary: torch.Tensor | None) -> None:
+        """Draft only these tokens from now on; None for all."""
         known_places = None
         if vocabulary is not None:
             weight = self.lm_head.weight
@@ -139,9 +143,15 @@ class MedusaHeads(Heads):
         hidden = like.shape[1]
         self.weight = nn.Parameter(like.new_zeros(num_heads, num_layers, hidden, hidden))
         self.bias = nn.Parameter(like.new_zeros(num_heads, num_layers, hidden))
-        rows = like if self.vocabulary is None else like[self.vocabulary]
-        self.register_buffer("rows", None if self.vocabulary is None or own_projection else rows, persistent=False)
-        self.projection = nn.Parameter(rows.expand(num_heads, *rows.shape).clone()) if own_projection else None
+        self.projection = None
+        if own_projection:
+            rows, self.rows = like if self.rows is None else self.rows, None
+            self.projection = nn.Parameter(rows.expand(num_heads, *rows.shape).clone())
+
+    def choose_from(self, vocabulary: torch.Tensor | None) -> None:
+        super().choose_from(vocabulary)
+        rows = None if vocabulary is None else self.lm_head.weight.detach()[self.vocabulary]
+        self.register_buffer("rows", rows, persistent=False)  # of lm_head
 
     @property
     def num_layers(self) -> int:

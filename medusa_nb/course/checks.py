@@ -283,7 +283,9 @@ acceptance_walk = Exercise(
 
 
 def _caches() -> list[tuple]:
-    return [(torch.randn(2, 9, 3), random.randrange(1, 5), path) for path in ([0, 2, 4], [0], [0, 1], [0, 3])]
+    lengths = random.sample(range(1, 6), 4)  # all different: no fixed length fits
+    paths = ([0, 2, 4], [0], [0, 1], [0, 3])
+    return [(torch.randn(2, 10, 3), length, path) for length, path in zip(lengths, paths, strict=True)]
 
 
 cache_crop = Exercise(

@@ -7,8 +7,13 @@ from medusa_nb.measurement.timing import Timing
 
 
 @torch.inference_mode()
-def first_difference_gap(model, one: Generation, other: Generation) -> float | None:
-    """None if the texts are equal, else how far apart the model finds the two tokens where they part, in logits."""
+def first_difference_gap(model, one: Generation, other: Generation, tokenizer=None) -> float | None:
+    """None if the texts are equal, else how far apart the model finds the two tokens where they part, in logits.
+
+    Args:
+        tokenizer: given where the texts were split into tokens anew, perhaps otherwise than the model said them: then
+            any likely token that begins the rest of a text may have been its next.
+    """
     a, b = one.new_tokens, other.new_tokens
     if a == b:
         return None
@@ -17,7 +22,11 @@ def first_difference_gap(model, one: Generation, other: Generation) -> float | N
         return float("inf")
     prefix = one.sequences[:, : one.prompt_length + at]
     logits = model(prefix).logits[0, -1].float()
-    return (logits.max() - torch.stack([logits[a[at]], logits[b[at]]]).min()).item()
+    likely, found = logits.topk(min(64, len(logits))).indices.tolist() if tokenizer else [], []
+    for tokens in (a, b):
+        rest = tokenizer.decode(tokens[at:]) if tokenizer else ""
+        found.append(logits[[tokens[at], *(i for i in likely if rest.startswith(tokenizer.decode([i])))]].max())
+    return (logits.max() - min(found)).item()
 
 
 def near_tie(dtype: torch.dtype) -> float:
@@ -49,7 +58,8 @@ def compare_answers(model, tokenizer, mine: list[dict], theirs: dict[str, dict])
     for pair in compared:
         texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in pair]
         ids = [torch.tensor([tokenizer(text).input_ids], device=model.device) for text in texts]
-        gaps.append(first_difference_gap(model, *(Generation(x, pair[0]["prompt_tokens"]) for x in ids)))
+        one, other = (Generation(x, pair[0]["prompt_tokens"]) for x in ids)
+        gaps.append(first_difference_gap(model, one, other, tokenizer))
     different = [gap for gap in gaps if gap is not None]
     ties = sum(gap <= 2 * near_tie(model.dtype) for gap in different)  # batches are rounded otherwise on both sides
     return dict(answers=len(compared), equal=len(compared) - len(different), near_ties=ties)

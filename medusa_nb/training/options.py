@@ -93,7 +93,7 @@ class HeadTraining(TrainingArguments):
     own_projection: bool = option(False, "a projection per head, the format's version 1 (kind medusa)")
     draft_vocabulary: int = option(4096, "path heads draft so many tokens, the most frequent in the answers; 0: all")
     loss_vocabulary: int = option(
-        4096, "medusa heads with a shared projection are compared with so many tokens in training; 0: all"
+        4096, "medusa heads with a shared projection are compared with so many tokens at a training step; 0: all"
     )
     depth_decay: float = option(0.8, "weight of head k in the loss: this to the power k")
     soft_share: float = option(0.5, "part of the loss on the base model's probabilities; 0: none, as in the paper")

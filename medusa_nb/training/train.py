@@ -187,10 +187,12 @@ def fit(
     checkpoints = out / "checkpoints"
     if options.process_index == 0:
         claim(checkpoints, fingerprint_of_work(heads, data, options))
-    trained = heads
+    trained, callbacks = heads, list(callbacks or [])
+    watched = bool(callbacks)
     if isinstance(heads, MedusaHeads) and heads.projection is None and options.loss_vocabulary and rows:
-        # compared with the most frequent tokens only (a sampled softmax), which is several times as fast
-        trained = heads.limited_to(draft_vocabulary(tokenizer, rows, options.loss_vocabulary))
+        frequent = draft_vocabulary(tokenizer, rows, (options.loss_vocabulary + 1) // 2)
+        trained = heads.limited_to(frequent)
+        callbacks.append(SampledSoftmax(trained, options.loss_vocabulary, options.seed))
     settings = copy.copy(options)
     settings.output_dir = str(checkpoints)
     with in_float32(heads, trained):
@@ -200,10 +202,10 @@ def fit(
             settings,
             train_dataset=data,
             data_collator=_as_it_is if cached else collate,
-            callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *(callbacks or [])],
+            callbacks=[NoLastCheckpoint(), JsonLines(out / "log.jsonl"), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        if is_headless() or callbacks:  # a monitor shows more than a bar, or in notebooks a table, would
+        if is_headless() or watched:  # a monitor shows more than a bar, or in notebooks a table, would
             trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what ZeRO or FSDP has split
@@ -292,6 +294,27 @@ class NoLastCheckpoint(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_save = False
+
+
+class SampledSoftmax(TrainerCallback):
+    """Compare with ``count`` tokens only, which is several times as fast: the frequent ones that the heads have so far,
+    and others that are drawn anew for every step, so that no token goes unseen (Jean et al., arXiv 1412.2007).
+    """
+
+    def __init__(self, heads: MedusaHeads, count: int, seed: int):
+        self.heads, self.frequent, self.seed = heads, heads.tokens(torch.arange(heads.num_choices)).cpu(), seed
+        rare = torch.ones(len(heads.lm_head.weight), dtype=torch.bool)
+        rare[self.frequent] = False
+        self.rare, self.count = rare.nonzero()[:, 0], max(0, count - len(self.frequent))
+        self.draw(0)
+
+    def draw(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed + step)  # the same in all processes, and after a restart
+        drawn = self.rare[torch.randperm(len(self.rare), generator=generator)[: self.count]]
+        self.heads.choose_from(torch.cat([self.frequent, drawn]))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.draw(state.global_step)
 
 
 class JsonLines(TrainerCallback):

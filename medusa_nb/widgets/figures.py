@@ -160,8 +160,7 @@ def tree(parents: list[int], labels: list[str], accepted: list[int] | None = Non
         [visible_label(label) for label in labels],
         bonus and visible(bonus),
     )
-    rows = rows_of(tree)
-    height = max(2.0, 0.27 * (max(rows) + 2.2))
+    height = max(2.0, 0.27 * (max(rows_of(tree)) + (3.2 if bonus else 2.2)))
     left, right = 1.25 * (tree.depth + 1) + (0.6 if bonus else 0), 0.21 * len(tree) + 1.3
     figure, panels = plt.subplots(1, 2, figsize=(min(9.6, left + right), height), width_ratios=(left, right))
     draw_tree(panels[0], tree, labels, accepted, bonus)
@@ -178,27 +177,26 @@ def visible_label(label: str) -> str:
 
 
 def draw_tree(axes, tree: Tree, labels: list[str], accepted: list[int] | None = None, bonus: str = "") -> None:
-    """The tree on matplotlib axes, depth to the right."""
-    rows = rows_of(tree)
-    for node, parent in enumerate(tree.parents):
-        depth = len(tree.paths[node])
-        kept = accepted is None or node in accepted
-        fill = (HEADS[(depth - 1) % len(HEADS)] if depth else BASE) if kept else "#eeeeee"
+    """The tree on matplotlib axes, depth to the right; the "+1" hangs at the accepted path like one node more."""
+    if bonus and accepted:
+        labels, drawn = [*labels, f"+1 {bonus}"], Tree.from_parents([*tree.parents, accepted[-1]])
+    else:
+        drawn = tree
+    rows = rows_of(drawn)
+    for node, parent in enumerate(drawn.parents):
+        depth, kept = len(drawn.paths[node]), accepted is None or node in accepted
+        fill, edge = (HEADS[(depth - 1) % len(HEADS)] if depth else BASE) if kept else "#eeeeee", "none"
+        if node == len(tree):
+            kept, fill, edge = True, "#ffffff", BASE
         if parent >= 0:
-            line = fill if kept else "#dddddd"
+            line = BASE if node == len(tree) else fill if kept else "#dddddd"
             axes.plot([depth - 1, depth], [-rows[parent], -rows[node]], color=line, lw=1.4, zorder=1)
-        box = dict(boxstyle="round,pad=0.22", fc=fill, ec="none")
+        box = dict(boxstyle="round,pad=0.22", fc=fill, ec=edge)
         axes.text(depth, -rows[node], labels[node], color=ink(fill) if kept else "#666666", bbox=box, ha="center",
                   va="center", fontsize=7.6, zorder=2, **MONO)  # fmt: skip
     for depth in range(tree.depth + 1):
         axes.text(depth, 1.0, "root" if depth == 0 else f"head {depth - 1}", ha="center", fontsize=8, color=BASE)
-    if bonus and accepted:
-        end = accepted[-1]
-        x, y = len(tree.paths[end]), -rows[end]
-        box = dict(boxstyle="round,pad=0.22", fc="#ffffff", ec=BASE)
-        axes.annotate(f"+1  {bonus}", (x + 0.25, y), (x + 0.62, y), va="center", fontsize=7.6, bbox=box,
-                      arrowprops=dict(arrowstyle="-", color=BASE), **MONO)  # fmt: skip
-    axes.set(xlim=(-0.5, tree.depth + (1.3 if bonus else 0.5)), ylim=(-max(rows) - 0.6, 1.4))
+    axes.set(xlim=(-0.5, drawn.depth + 0.5), ylim=(-max(rows) - 0.6, 1.4))
     axes.axis("off")
 
 
@@ -283,7 +281,9 @@ def draw_training(figure, log: list[dict], num_heads: int, uniform: float | None
             axes.annotate(f" head {k}", (step, free - apart), color=HEADS[k % len(HEADS)], fontsize=8, va="center")
     if uniform and log:
         panels[0].axhline(uniform, color=MUTED, ls="--", lw=1)
-        panels[0].annotate("uniform: ln V", (log[0]["step"], uniform), va="bottom", color="#777777", fontsize=8)
+        panels[0].text(
+            panels[0].get_xlim()[1], uniform, "uniform: ln V", ha="right", va="bottom", color="#777777", fontsize=8
+        )
     figure.tight_layout()
 
 
@@ -340,7 +340,7 @@ def curve(points: dict[float, float], xlabel: str, ylabel: str, errors: dict | N
     for x, y in points.items():
         interval = (errors or {}).get(x, ())
         axes.plot([x] * len(interval), interval, color=OURS, lw=1)
-        axes.annotate(f"{y:.2f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(f"{y:.2f}", (x, y), xytext=(7, -9), textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log:
         axes.set_xscale("log")

@@ -62,6 +62,18 @@ def test_two_tokens_of_the_same_weight_part_at_a_tie_and_others_do_not(small_mod
     assert result["gaps"][0] <= result["tie"] == near_tie(torch.float32) < result["gaps"][1]
 
 
+def test_words_that_were_split_otherwise_than_they_were_said(small_model, said):
+    joined = (said[4] + 1) % 50  # stands for the word that begins with the model's own choice
+
+    class Split:
+        def decode(self, tokens):
+            return "".join({said[4]: "a", joined: "ab"}.get(token, "?") for token in tokens)
+
+    one, two = text(said[:4] + [said[4]]), text(said[:4] + [joined])
+    assert first_difference_gap(small_model, one, two) > 0
+    assert first_difference_gap(small_model, one, two, Split()) == 0
+
+
 def test_answers_are_compared_by_id_token_for_token(tiny_model, tokenizer):
     def answer(number: int, said: str) -> dict:
         messages = [dict(role="user", content="Hello"), dict(role="assistant", content=said)]

@@ -25,7 +25,15 @@ from medusa_nb.training.__main__ import main
 from medusa_nb.training.calibration import FILE, Calibration
 from medusa_nb.training.features import IGNORED, cache_features, supervise
 from medusa_nb.training.loss import HeadsWithLoss, accuracy, rank_table
-from medusa_nb.training.train import Conversations, OnlineHeads, collate, fit, last_checkpoint, train_heads
+from medusa_nb.training.train import (
+    Conversations,
+    OnlineHeads,
+    SampledSoftmax,
+    collate,
+    fit,
+    last_checkpoint,
+    train_heads,
+)
 
 pytest_plugins = ["training_setting"]
 KINDS = [dict(), dict(own_projection=True), dict(kind="path"), dict(states="online", per_device_train_batch_size=8)]
@@ -280,6 +288,20 @@ def test_an_unwritable_place_is_named(options):
 def test_path_heads_draft_the_most_frequent_tokens_only(options, tiny_model, tokenizer):
     heads = train_heads(options(kind="path", draft_vocabulary=7), tiny_model, tokenizer)["heads"]
     assert isinstance(heads, PathHeads) and len(heads.vocabulary) == 7
+
+
+def test_other_tokens_are_drawn_for_every_step(tiny_model):
+    frequent = torch.tensor([9, 4, 30])
+    heads = MedusaHeads(tiny_model, 2).limited_to(frequent)
+    softmax, drawn = SampledSoftmax(heads, 8, seed=1), {}
+    for step in (1, 2, 1):
+        softmax.draw(step)
+        vocabulary = heads.vocabulary.tolist()
+        assert vocabulary[:3] == [9, 4, 30] and len(set(vocabulary)) == 8
+        assert drawn.setdefault(step, vocabulary) == vocabulary, "the same step draws the same tokens again"
+        assert torch.equal(heads.rows, tiny_model.get_output_embeddings().weight[heads.vocabulary])
+        assert heads.places(torch.tensor([4, vocabulary[5]])).tolist() == [1, 5]
+    assert drawn[1] != drawn[2]
 
 
 # --- SIGKILL
