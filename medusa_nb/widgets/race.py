@@ -98,7 +98,7 @@ def run_race(
 def race(
     decoders: dict[str, Decoder],
     tokenizer,
-    question: str,
+    questions: list[str],
     max_new_tokens: int,
     eos: list[int],
     keep: Path | None = None,
@@ -106,12 +106,22 @@ def race(
     """Race for the answer to a user's question, live where somebody watches; then replay it, or ask something else.
 
     Args:
+        questions: the first is taken whose answer comes to an end and is the same text from all decoders: no loop, and
+            no near-tie that falls the other way; the first of all if there is none.
         keep: where to write the race as an animated GIF.
     """
 
+    def prompt_of(text: str) -> torch.Tensor:
+        return torch.tensor(prompt_ids(tokenizer, [dict(role="user", content=text)]))
+
+    def suits(text: str) -> bool:
+        answers = [decoder.generate([prompt_of(text)], max_new_tokens, eos)[0] for decoder in decoders.values()]
+        return all(a.stopped_by == "eos" and a.new_tokens == answers[0].new_tokens for a in answers)
+
+    question = next(filter(suits, questions[:12]), questions[0])
+
     def run(text: str, watch: Callable[[Lanes], None] = lambda lanes: None) -> Lanes:
-        prompt = torch.tensor(prompt_ids(tokenizer, [dict(role="user", content=text)]))
-        return run_race(decoders, tokenizer, prompt, max_new_tokens, eos, watch)
+        return run_race(decoders, tokenizer, prompt_of(text), max_new_tokens, eos, watch)
 
     if not watched():
         lanes = run(question)
@@ -174,14 +184,16 @@ def replay(lanes: Lanes, view):
 def plot(lanes: Lanes) -> None:
     """Tokens over time for every lane, the prompt's pass marked."""
     figure, axes = plt.subplots()
+    last = max(lane.seconds for lane in lanes.values())
     for color, lane in zip((MUTED, OURS, HEADS[2]), lanes.values(), strict=False):
-        count, ended = len(lane.times), f" {lane.name}: {lane.seconds:.1f} s"
+        count, ended = len(lane.times), f"  {lane.name}: {lane.seconds:.1f} s  "
         axes.step([0, *lane.times], range(count + 1), where="post", color=color)
-        axes.annotate(ended, (lane.times[-1], count), color=color, va="center")
+        side = "left" if lane.seconds == last else "right"  # of the point: above its own curve there is room
+        axes.annotate(ended, (lane.times[-1], count), color=color, ha=side, va="center")
         axes.plot(lane.passes[0], 1, "o", ms=4, color=color)
     axes.annotate("prompt read", (lane.passes[0], 1), (12, 2), textcoords="offset points", fontsize=8, color=BASE)
     axes.set(xlabel="seconds on its own clock", ylabel="tokens", ylim=(0, None))
-    axes.set_xlim(0, max(lane.seconds for lane in lanes.values()) * 1.45)
+    axes.set_xlim(0, last * 1.45)
     show(figure, "; ".join(f"{n}: {len(lane.pieces)} tokens in {lane.seconds:.1f} s" for n, lane in lanes.items()))
 
 

@@ -68,7 +68,7 @@ def test_the_game_ends_with_the_answer(tiny_model, tokenizer, shown, live):
 
 
 def test_both_runners_write_the_text_of_plain_decoding(runners, tokenizer, shown):
-    lanes = race.race(runners, tokenizer, "Hi", 30, [])
+    lanes = race.race(runners, tokenizer, ["Hi"], 30, [])
     prompt = torch.tensor(prompt_ids(tokenizer, [dict(role="user", content="Hi")]))
     expected = runners["plain"].generate([prompt], 30, [])[0]
     for lane in lanes.values():
@@ -77,6 +77,19 @@ def test_both_runners_write_the_text_of_plain_decoding(runners, tokenizer, shown
         assert lane.times == sorted(lane.times) and lane.seconds >= lane.times[-1]
     assert len(lanes["plain"].passes) == 30 and set(lanes["plain"].drafted_by) == {None}
     assert "plain: 30 tokens in" in shown[1] and "heads: 30 tokens in" in shown[1]
+
+
+def test_raced_for_is_the_first_answer_that_ends(runners, tokenizer, shown):
+    def answer(text: str) -> list[int]:
+        prompt = torch.tensor(prompt_ids(tokenizer, [dict(role="user", content=text)]))
+        return runners["plain"].generate([prompt], 30, [])[0].new_tokens
+
+    first, second = answer("Hi"), answer("Why?")
+    end = next(token for token in second if token not in first)
+    lanes = race.race(runners, tokenizer, ["Hi", "Why?"], 30, [end])
+    assert {len(lane.pieces) for lane in lanes.values()} == {second.index(end) + 1}
+    lanes = race.race(runners, tokenizer, ["Hi", "Why?"], 30, [])
+    assert {len(lane.pieces) for lane in lanes.values()} == {30}, "none ends: the first is taken"
 
 
 def test_a_race_ends_with_the_end_token(runners, tokenizer, shown):
@@ -103,7 +116,7 @@ def test_whoever_used_less_time_goes_next_and_the_race_is_watched(monkeypatch, r
 
 
 def test_a_live_race_is_replayed_and_run_again(runners, tokenizer, shown, live, tmp_path):
-    race.race(runners, tokenizer, "Hi", 12, [], keep=tmp_path / "race.gif")
+    race.race(runners, tokenizer, ["Hi"], 12, [], keep=tmp_path / "race.gif")
     assert (tmp_path / "race.gif").stat().st_size
     view, box = shown
     slider, speed = box.children[0].children[1:]
