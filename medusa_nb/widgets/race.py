@@ -188,8 +188,8 @@ def plot(lanes: Lanes) -> None:
     for color, lane in zip((MUTED, OURS, HEADS[2]), lanes.values(), strict=False):
         count, ended = len(lane.times), f"  {lane.name}: {lane.seconds:.1f} s  "
         axes.step([0, *lane.times], range(count + 1), where="post", color=color)
-        side = "left" if lane.seconds == last else "right"  # of the point: above its own curve there is room
-        axes.annotate(ended, (lane.times[-1], count), color=color, ha=side, va="center")
+        how: dict = dict(ha="left", va="center") if lane.seconds == last else dict(ha="center", va="bottom")
+        axes.annotate(ended, (lane.times[-1], count), color=color, **how)
         axes.plot(lane.passes[0], 1, "o", ms=4, color=color)
     axes.annotate("prompt read", (lane.passes[0], 1), (12, 2), textcoords="offset points", fontsize=8, color=BASE)
     axes.set(xlabel="seconds on its own clock", ylabel="tokens", ylim=(0, None))
