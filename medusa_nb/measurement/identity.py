@@ -11,8 +11,8 @@ def first_difference_gap(model, one: Generation, other: Generation, tokenizer=No
     """None if the texts are equal, else how far apart the model finds the two tokens where they part, in logits.
 
     Args:
-        tokenizer: given where the texts were split into tokens anew, perhaps otherwise than the model said them: then
-            any likely token that begins the rest of a text may have been its next.
+        tokenizer: given where the texts were split into tokens a second time, perhaps otherwise than the model said
+            them. Then a text's next token may be any that begins the rest of it, if the model goes on with the rest.
     """
     a, b = one.new_tokens, other.new_tokens
     if a == b:
@@ -22,11 +22,23 @@ def first_difference_gap(model, one: Generation, other: Generation, tokenizer=No
         return float("inf")
     prefix = one.sequences[:, : one.prompt_length + at]
     logits = model(prefix).logits[0, -1].float()
-    likely, found = logits.topk(min(64, len(logits))).indices.tolist() if tokenizer else [], []
+    gaps = []
     for tokens in (a, b):
+        splits = [(logits.max() - logits[tokens[at]]).item()]
         rest = tokenizer.decode(tokens[at:]) if tokenizer else ""
-        found.append(logits[[tokens[at], *(i for i in likely if rest.startswith(tokenizer.decode([i])))]].max())
-    return (logits.max() - min(found)).item()
+        for token, gap in _beginnings(tokenizer, logits, rest).items():
+            after = model(torch.cat([prefix, prefix.new_tensor([[token]])], dim=1)).logits[0, -1].float()
+            follow = _beginnings(tokenizer, after, rest.removeprefix(tokenizer.decode([token])))
+            splits.append(max(gap, min(follow.values(), default=float("inf"))))
+        gaps.append(min(splits))
+    return max(gaps)
+
+
+def _beginnings(tokenizer, logits: torch.Tensor, text: str, likely: int = 64) -> dict[int, float]:
+    """The likely tokens that a text can begin with, and how far their logits are below the best."""
+    best = logits.topk(min(likely, len(logits)))
+    pairs = zip(best.indices.tolist(), (logits.max() - best.values).tolist(), strict=True) if text else ()
+    return {token: gap for token, gap in pairs if text.startswith(tokenizer.decode([token]))}
 
 
 def near_tie(dtype: torch.dtype) -> float:

@@ -298,7 +298,7 @@ class NoLastCheckpoint(TrainerCallback):
 
 class SampledSoftmax(TrainerCallback):
     """Compare with ``count`` tokens only, which is several times as fast: the frequent ones that the heads have so far,
-    and others that are drawn anew for every step, so that no token goes unseen (Jean et al., arXiv 1412.2007).
+    and others picked at random for every step, so that no token goes unseen (Jean et al., arXiv 1412.2007).
     """
 
     def __init__(self, heads: MedusaHeads, count: int, seed: int):

@@ -177,7 +177,7 @@ def visible_label(label: str) -> str:
 
 
 def draw_tree(axes, tree: Tree, labels: list[str], accepted: list[int] | None = None, bonus: str = "") -> None:
-    """The tree on matplotlib axes, depth to the right; the "+1" hangs at the accepted path like one node more."""
+    """The tree on matplotlib axes, depth to the right; the "+1" hangs at the accepted path like one more node."""
     if bonus and accepted:
         labels, drawn = [*labels, f"+1 {bonus}"], Tree.from_parents([*tree.parents, accepted[-1]])
     else:

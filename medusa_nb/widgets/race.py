@@ -22,6 +22,7 @@ from medusa_nb.widgets.live import render, watched
 from medusa_nb.widgets.style import BASE, HEADS, MUTED, OURS, drafted_by, in_order, show
 
 FRAME = 0.05  # seconds between two pictures of a running race
+TRIED = 12  # questions, at most, until one suits
 
 
 @dataclass
@@ -118,7 +119,7 @@ def race(
         answers = [decoder.generate([prompt_of(text)], max_new_tokens, eos)[0] for decoder in decoders.values()]
         return all(a.stopped_by == "eos" and a.new_tokens == answers[0].new_tokens for a in answers)
 
-    question = next(filter(suits, questions[:12]), questions[0])
+    question = next(filter(suits, questions[:TRIED]), questions[0])
 
     def run(text: str, watch: Callable[[Lanes], None] = lambda lanes: None) -> Lanes:
         return run_race(decoders, tokenizer, prompt_of(text), max_new_tokens, eos, watch)
