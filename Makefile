@@ -3,7 +3,7 @@
 # make notebooks all seven, in one run, outputs kept make peers      vLLM, llama.cpp, transformers and ours, side by side
 # make site      the notebooks as web pages          make test-browser  every notebook in a real browser
 # make style     ruff and mypy                       make axolotl    heads trained by axolotl
-# make shipped   what ships in data/, made anew      make clean
+# make shipped   what ships in data/, made again     make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

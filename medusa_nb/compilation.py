@@ -171,7 +171,7 @@ class FastModel:
 
     @classmethod
     def of(cls, model) -> "FastModel":
-        """The copy of this model, made once; if the model's weights have changed, it is made anew."""
+        """The copy of this model, made once; if the model's weights have changed, it is made again."""
         known = _FAST.get(model)
         if known is None or known.weights != weights_state(model):
             known = _FAST[model] = cls(model)

@@ -109,7 +109,7 @@ class StaticTree:
 
 
 class GrowingTree:
-    """A tree grown anew at every step: the ``size`` nodes that promise most right now.
+    """A new tree, grown at every step: the ``size`` nodes that promise most right now.
 
     Depth by depth, the ``beam`` most promising nodes get their head's ``branch`` best tokens as children; with
     ``ngram_worth``, one path of tokens copied from the text joins them. A node's worth is the probability that its

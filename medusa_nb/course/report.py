@@ -95,7 +95,7 @@ def summary(results: dict) -> str:
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:
-    """A text with its marked blocks written anew."""
+    """A text with its marked blocks rewritten."""
     for name, block in blocks.items():
         start, end = START.format(name=name), END.format(name=name)
         if start not in text or end not in text:

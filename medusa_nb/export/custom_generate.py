@@ -179,7 +179,7 @@ def decoder_for(model, draft: Draft, slots: int, room: int, choose: Choose, comp
 def compiled_decoder(known: dict, model, draft: Draft, slots: int, room: int, choose: Choose) -> Decoder:
     """The decoder kept for this draft and number of sequences, or a new one with twice the room of the last.
 
-    Compiled code holds its own layout of the weights: if they changed, the decoder is made anew.
+    Compiled code holds its own layout of the weights: if they changed, the decoder is made again.
     """
     key, weights = (id(draft), slots), weights_state(model)
     made_for, decoder = known.get(key, (None, None))
