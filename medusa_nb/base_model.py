@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from medusa_nb.errors import InputError
 from medusa_nb.packaged_model import packaged_model
+from medusa_nb.packing import group_attention
 from medusa_nb.private import write_count
 from medusa_nb.progress import is_headless
 
@@ -60,6 +61,7 @@ def load_base_model(name_or_path=None, device=None, dtype=None, trust_remote_cod
         )
     if "device_map" not in loading:
         model = model.to(device)
+    group_attention(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -24,8 +24,7 @@ from transformers import DynamicCache
 from medusa_nb.base_model import weights_state
 from medusa_nb.kv_cache import KeysValues, Window
 from medusa_nb.logits import first_line, logits_maker, require_same_logits
-from medusa_nb.packing import ATTENTION, pack
-from medusa_nb.private import attention_of
+from medusa_nb.packing import group_attention, pack
 
 MOST_LAYERS = 6  # layers that are compiled together: each call of compiled code costs about a tenth of a layer
 
@@ -149,8 +148,7 @@ class FastModel:
                 module.layer_idx = 0  # or every layer would be of a kind of its own
         if model.device.type == "cpu":
             pack(self.model)
-            if attention_of(config) == "sdpa":
-                self.model.set_attn_implementation(ATTENTION)
+            group_attention(self.model)
         layers, functions = decoder_layers(self.model), BlockFunctions()
         alike = (
             len({kind_of(layer) for layer in layers}) == 1

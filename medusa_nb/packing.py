@@ -1,4 +1,4 @@
-"""Fast parts for a copy of a model on a CPU: linear layers packed once for oneDNN, attention without copies."""
+"""Fast parts for a model: linear layers packed once for oneDNN (in a copy, on a CPU), attention without copies."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from medusa_nb.private import pack_weight, packed_product
+from medusa_nb.private import attention_of, pack_weight, packed_product
 
 ATTENTION = "medusa_sdpa"
 PACKED_FOR = 16  # rows that weights are packed for; they serve any number
@@ -85,14 +85,28 @@ def pack(model) -> None:
             start += linear.out_features
 
 
+def group_attention(model) -> None:
+    """Let a model that uses torch's attention use :func:`attention` from now on."""
+    register()
+    if attention_of(model.config.get_text_config()) == "sdpa":
+        model.set_attn_implementation(ATTENTION)
+
+
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """torch's attention, with a mask, without copies of keys and values that several query heads share.
 
-    transformers' own copies them once per group as soon as there is a mask.
+    transformers' own copies them once per group as soon as there is a mask. Here the heads of a group stand below
+    each other, like further rows of one head, so keys are read once for all of them.
     """
-    if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    if attention_mask is None or attention_mask.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, rows, width = query.shape
+    groups = heads // key.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query.reshape(batch, -1, groups * rows, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        scale=scaling,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None

@@ -61,14 +61,14 @@ def answer_all(
     sampler = RowSampler(temperature) if temperature else None
     verifier = Verifier(model, slots, capacity, sampler or greedy)
     draft = StaticTree(None, device=verifier.device)
-    ends = set(eos)
+    ends, few = set(eos), max(1, slots // 8)  # so many prompts are read together, padded to the longest of them
     active: list[Request] = []
     streams: list[torch.Generator] = []
     state: State | None = None
     while active or waiting:
         free = slots - len(active)
-        if state is None or waiting and free >= max(1, slots // 8):  # a few prompts are read together
-            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+        if state is None or waiting and free >= few:
+            new = [waiting.popleft() for _ in range(min(free, few, len(waiting)))]
             fresh = [stream(request.seed) for request in new]
             if sampler:
                 sampler.streams = fresh

@@ -17,6 +17,7 @@ from medusa_nb import compilation
 from medusa_nb.compilation import FastModel
 from medusa_nb.decoding import Decoder
 from medusa_nb.drafting import GrowingTree
+from medusa_nb.packing import attention
 
 WORTH = torch.tensor([[0.0] * 4, [0.3, 0.2, 0.1, 0.05], [0.6, 0.5, 0.4, 0.3], [0.9, 0.8, 0.7, 0.6]])
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -86,6 +87,20 @@ def test_the_cost_of_compiling_does_not_grow_with_the_number_of_layers(compiler_
         assert decoder.generate([prompt(9)], 20, [])[0].new_tokens == own_text(model, prompt(9), 20)
         made.append(graphs() - before)
     assert made[0] == made[1] == made[2] > 0
+
+
+@pytest.mark.parametrize(("rows", "heads", "shared"), [(1, 6, 2), (5, 6, 2), (5, 3, 3), (1, 4, 1)])
+@pytest.mark.parametrize("mask_heads", [1, None])
+def test_attention_is_torchs_with_keys_repeated_for_each_query_head(rows, heads, shared, mask_heads):
+    query, (key, value) = torch.randn(2, heads, rows, 8), torch.randn(2, 2, shared, 11, 8)
+    visible = torch.rand(2, mask_heads or heads, rows, 11) > 0.4
+    mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = heads // shared, True
+    found, _ = attention(layer, query, key, value, mask, scaling=0.3)
+    repeated = [x.repeat_interleave(heads // shared, 1) for x in (key, value)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
 
 
 @pytest.mark.compiler
