@@ -15,7 +15,7 @@ FOLDED, WORD = re.compile(r"<details>.*?</details>", re.DOTALL), re.compile(r"[A
 WORDS_A_MINUTE = 150  # a calm voice
 START, END = "<!-- written by medusa_nb.course.report: {name} -->", "<!-- end of {name} -->"
 LESSONS = {
-    "01": "you are the head: a pass that checks sixteen tokens costs hardly more than one that makes one",
+    "01": "you are the head: checking sixteen tokens takes nowhere near sixteen times as long as making one",
     "02": "heads must learn what *this* model says, in the domain it will be used in",
     "03": "head k reads the hidden state of token t and predicts token t+k+2; the base model never changes",
     "04": "draft a tree, check it in one pass, keep the longest right path; then measure honestly",
