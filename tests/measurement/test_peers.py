@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,8 @@ from medusa_nb.decoding import Decoder
 from medusa_nb.errors import InputError
 from medusa_nb.heads import MedusaHeads
 from medusa_nb.measurement import peers
-from medusa_nb.measurement.peers import LOOP, Vllm, generation, report, run_peers
+from medusa_nb.measurement.peers import LOOP, Peer, generation, report, run_peers
+from medusa_nb.packaged_model import gguf_file
 from medusa_nb.path_heads import PathHeads
 from medusa_nb.training.calibration import Calibration
 from medusa_nb.tree import count_ranks
@@ -39,7 +41,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     """A program that speaks as ``vllm_runner.py`` does, and repeats the prompt's first token."""
     file = tmp_path / "echo.py"
     file.write_text(ECHO)
-    monkeypatch.setattr(peers, "RUNNER", file)
+    monkeypatch.setattr(peers, "VLLM", file)
     return Path(sys.executable)
 
 
@@ -53,7 +55,7 @@ def test_an_answer_keeps_its_tokens_and_its_number_of_passes(tokens, passes, per
 
 
 def test_a_vllm_answers_waits_without_working_and_counts_its_drafts(stand_in, tmp_path):
-    engine = Vllm(stand_in, "model", "float32", "eager", tmp_path, 4)
+    engine = Peer("vLLM", stand_in, peers.VLLM, "model", "float32", "eager", tmp_path, 4)
     process = psutil.Process(engine.process.pid)
     for _ in range(2):
         assert engine.decode(PROMPTS[0], 9).tokens_per_pass == [1, 2, 2, 2, 2]
@@ -68,7 +70,7 @@ def test_a_vllm_answers_waits_without_working_and_counts_its_drafts(stand_in, tm
 
 def test_a_vllm_that_does_not_start_says_the_cause_not_the_consequence(stand_in):
     with pytest.raises(InputError, match="vLLM ended: ValueError: Following weights were not initialized"):
-        Vllm(stand_in, "model", "float32", "broken")
+        Peer("vLLM", stand_in, peers.VLLM, "model", "float32", "broken")
 
 
 @pytest.fixture
@@ -111,3 +113,24 @@ def test_an_engine_that_does_not_start_is_left_out_and_said_so(small_model, ours
     )
     assert len(rows) == 6
     assert "vLLM, eager is left out: vLLM ended: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_llama_cpp_answers_from_a_process_of_its_own(small_model, ours, stand_in, monkeypatch):
+    monkeypatch.setattr(peers, "LLAMA", peers.VLLM)
+    monkeypatch.setattr(peers, "installed", lambda package: "1.0")
+    monkeypatch.setattr(peers, "gguf_file", lambda: "model.gguf")
+    rows = run_peers(small_model, PROMPTS, *ours, eos=[EOS], max_new_tokens=12, repeats=1)
+    assert len(rows) == 8 and not any(row.differs for row in rows.values())
+    table = report(small_model, rows, 1)
+    assert table.count("| 4 bits (Q4_1), xllamacpp 1.0 | its own (other arithmetic) |") == 2
+    assert not [child for child in psutil.Process().children() if "echo.py" in " ".join(child.cmdline())]
+
+
+def test_the_real_llama_cpp_says_how_many_passes_it_took():
+    pytest.importorskip("xllamacpp")
+    prompt = torch.tensor([[1, 4093, 198, 20766, 260, 1452, 338, 2, 198, 1, 520, 9531, 198]])
+    for more in ((), ("ngrams",)):
+        with closing(Peer("llama.cpp", sys.executable, peers.LLAMA, gguf_file(), 2, 2, *more)) as engine:
+            answer = engine.decode(prompt, 24)
+        assert 1 < len(answer.new_tokens) <= 24 and sum(answer.tokens_per_pass) == len(answer.new_tokens)
+        assert more or set(answer.tokens_per_pass) == {1}
