@@ -131,7 +131,7 @@ def _records(file: Path) -> Iterable[Place]:
     if isinstance(value, list):
         return enumerated(value, "entry", start=1)
     if isinstance(value, dict) and not value.keys() & set(TURNS):
-        names = ", ".join(value) or "nothing"
+        names = " ".join(", ".join(value).split()) or "nothing"  # a name may hold line breaks
         raise InputError(f"{file}: a list of conversations is expected, found an object with {names[:200]}")
     return [("line 1", value)]
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -217,6 +217,7 @@ FILES = st.lists(RECORDS | VALUES, max_size=4)
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+@example(records=[{"a\x1eb\u2028": 0}], form="lines", drop=False, noise=b"")  # names with line breaks
 @given(records=FILES, form=st.sampled_from(["list", "lines", "cut", "bytes"]), drop=st.booleans(), noise=st.binary())
 def test_any_file_gives_rows_or_one_sentence(tmp_path, records, form, drop, noise):
     text = json.dumps(records) if form == "list" else "\n".join(map(json.dumps, records))
