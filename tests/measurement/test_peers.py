@@ -77,7 +77,7 @@ def test_a_vllm_that_does_not_start_says_the_cause_not_the_consequence(stand_in)
 def ours(small_model, monkeypatch) -> tuple:
     """What :func:`run_peers` needs of ours; nothing is compiled, and llama.cpp is not there."""
     monkeypatch.setattr(Decoder, "compile", lambda decoder: None)
-    monkeypatch.setattr(peers, "installed", lambda package: "")
+    monkeypatch.setattr(peers, "LLAMA", Path("missing.py"))
     ranks = count_ranks(torch.randint(0, 4, (200, 2), generator=torch.Generator().manual_seed(0)))
     known = Calibration(ranks, torch.full((4, 3), 0.3), torch.arange(20))
     torch.manual_seed(0)
@@ -117,12 +117,11 @@ def test_an_engine_that_does_not_start_is_left_out_and_said_so(small_model, ours
 
 def test_llama_cpp_answers_from_a_process_of_its_own(small_model, ours, stand_in, monkeypatch):
     monkeypatch.setattr(peers, "LLAMA", peers.VLLM)
-    monkeypatch.setattr(peers, "installed", lambda package: "1.0")
     monkeypatch.setattr(peers, "gguf_file", lambda: "model.gguf")
     rows = run_peers(small_model, PROMPTS, *ours, eos=[EOS], max_new_tokens=12, repeats=1)
     assert len(rows) == 8 and not any(row.differs for row in rows.values())
     table = report(small_model, rows, 1)
-    assert table.count("| 4 bits (Q4_1), xllamacpp 1.0 | its own (other arithmetic) |") == 2
+    assert table.count("| 4 bits (Q4_1), xllamacpp 0.0 | its own (other arithmetic) |") == 2
     assert not [child for child in psutil.Process().children() if "echo.py" in " ".join(child.cmdline())]
 
 
